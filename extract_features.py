@@ -1,0 +1,477 @@
+"""The features of DFAN (section 3.1): one frame in eight of each video through four pretrained networks, to .npz.
+
+    python extract_features.py videos/ feats/            # videos/<class>/<stem>.mp4 -> feats/<class>/<stem>.npz
+    python extract_features.py videos/ feats/ --no-flow --detector fasterrcnn_mobilenet_v3_large_320_fpn    # on a CPU
+
+One .npz a video, T sampled frames, readable with numpy alone:
+
+    action   (T,2048) float16   F_A: Kinetics-400 TSN ResNet-50, RGB and flow, pooled, the mean of both [R13]
+    scene    (T,365)  float16   F_S: outputs of the Places365 ResNet-18
+    objects  (T,K,84) float16   F_O: of the K most probable boxes of a COCO detector the 80 class probabilities and
+                                x1/W, y1/H, x2/W, y2/H; sorted by probability, zeros where there are fewer boxes [R15]
+    frames   (T,)     int64     number of each sampled frame among the decoded ones, from 0
+    seconds  (T,)     float64   its time stamp
+    fps      ()       float64   frames a second, as the file says
+    settings ()       str       JSON: what made the file (networks, weight files and their SHA-256, every, K, version)
+
+Where the paper's networks are not public, the nearest public ones stand in: TSN ResNet-50 for DPN107, OpenCV's DIS flow
+for TV-L1, Faster R-CNN for Grid R-CNN (README, "What differs from the paper").
+"""
+import argparse
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import shutil
+import sys
+import time
+import zipfile
+from collections import deque
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")         # broken videos are reported here, not by FFmpeg
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import detection, resnet18, resnet50
+from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
+
+try:
+    import cv2
+except ImportError as missing:
+    print(f"extract_features.py: cannot import cv2 ({missing}); on a server `apt install libgl1`, or "
+          "`pip uninstall opencv-python` and `pip install opencv-python-headless`", file=sys.stderr)
+    sys.exit(2)
+
+VERSION = 1                                # of the .npz layout
+EVERY, K = 8, 16                           # "one frame is uniformly sampled at every eight frames" (4.1); "K = 16" (3.2.1)
+SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts"}
+PAIRS, BOUND = 5, 20                       # TSN's flow input: five fields, clipped to +-20 pixels
+
+OPENMMLAB = ("https://download.openmmlab.com/mmaction/", "https://openmmlab.oss-accelerate.aliyuncs.com/mmaction/")
+TSN_RGB = "tsn_imagenet-pretrained-r50_8xb32-1x1x8-100e_kinetics400-rgb"
+TSN_FLOW = "tsn_r50_320p_1x1x8_110e_kinetics400_flow"
+DETECTORS = {"fasterrcnn_resnet50_fpn_v2": detection.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
+             "fasterrcnn_resnet50_fpn": detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
+             "fasterrcnn_mobilenet_v3_large_fpn": detection.FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
+             "fasterrcnn_mobilenet_v3_large_320_fpn": detection.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1}
+COCO_80 = [i for i, name in enumerate(DETECTORS["fasterrcnn_resnet50_fpn_v2"].meta["categories"])
+           if name not in ("__background__", "N/A")]          # 91 outputs, 80 of them classes
+# file name -> (addresses, start of its SHA-256)
+FILES = {
+    "action_rgb": (f"{TSN_RGB}_20220906-2692d16c.pth", "2692d16c",
+                   [f"{host}v1.0/recognition/tsn/{TSN_RGB}/" for host in OPENMMLAB]
+                   + ["https://huggingface.co/RaphaelLiu/EvalCrafter-Models/resolve/main/"]),
+    "action_flow": (f"{TSN_FLOW}_20200705-1f39486b.pth", "1f39486b",
+                    [f"{host}recognition/tsn/{TSN_FLOW}/" for host in OPENMMLAB]),
+    "scene": ("resnet18_places365.pth.tar", "2f4759217d470da2b803f8f66cd4488a066406b555a5fb95ee9a4663f9f05588",
+              ["http://places2.csail.mit.edu/models_places365/"]),
+    **{name: (w.url.rsplit("/", 1)[1], w.url.rsplit("-", 1)[1].removesuffix(".pth"), [w.url.rsplit("/", 1)[0] + "/"])
+       for name, w in DETECTORS.items()}}
+
+
+class InputError(Exception):
+    """A failure that the user can mend: its one line names the file and the remedy; main() exits with status 2."""
+
+
+class VideoError(Exception):
+    """A video that gives no frames: it is reported, and the run goes on."""
+
+
+# ======================================================================================================================
+# Weights
+# ======================================================================================================================
+
+def find_weights(network, folder):
+    """The path of a network's weight file and its SHA-256: from --weights, from torch hub's cache, or downloaded.
+
+    Raises InputError, naming the file, its addresses and --weights, if it cannot be had or its hash is not the published.
+    """
+    name, prefix, addresses = FILES[network]
+    cache = Path(torch.hub.get_dir(), "checkpoints")
+    path = next((p for p in (Path(folder or cache, name), cache / name) if p.is_file()), cache / name)
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        failures = []
+        for address in addresses:
+            try:
+                print(f"download {address + name}", file=sys.stderr)
+                torch.hub.download_url_to_file(address + name, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
+                break
+            except (OSError, RuntimeError) as error:       # no network; wrong hash
+                failures.append(str(error))
+        else:
+            raise InputError(f"cannot download {name} ({failures[0]}); get it from {' or '.join(a + name for a in addresses)}"
+                             " by other means and name its folder with --weights DIR")
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            sha256.update(block)
+    if not sha256.hexdigest().startswith(prefix):
+        raise InputError(f"{path}: its SHA-256 is {sha256.hexdigest()}, not the published {prefix}...; delete it and get it "
+                         f"from {addresses[0] + name}")
+    return path, sha256.hexdigest()
+
+
+def load_strictly(model, path, rename=lambda key: key):
+    """Loads a file of plain tensors, each key renamed, every key accounted for. Raises InputError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict({rename(k): v for k, v in state.get("state_dict", state).items()}, strict=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise InputError(f"{path}: not the weights of this network ({' '.join(str(error).split())[:300]}); delete it and get "
+                         "the published file") from error
+    return model
+
+
+def tsn_key(key):
+    """A key of mmaction2's TSN, as torchvision's resnet50 calls it."""
+    key = key.removeprefix("backbone.").replace("cls_head.fc_cls", "fc")
+    key = key.replace("downsample.conv.", "downsample.0.").replace("downsample.bn.", "downsample.1.")
+    for n in "123":
+        key = key.replace(f"conv{n}.conv.", f"conv{n}.").replace(f"conv{n}.bn.", f"bn{n}.")
+    return key
+
+
+def build_detector(name):
+    """A torchvision Faster R-CNN as its published weights expect it: all but the _v2 were trained with frozen batch norm."""
+    model = getattr(detection, name)(weights=None, weights_backbone=None)
+    if not name.endswith("_v2"):
+        eps = 0. if name == "fasterrcnn_resnet50_fpn" else 1e-5                   # as torchvision sets it
+        for module in list(model.modules()):
+            for child, norm in list(module.named_children()):
+                if isinstance(norm, nn.BatchNorm2d):
+                    setattr(module, child, FrozenBatchNorm2d(norm.num_features, eps=eps))
+    return model
+
+
+class Networks:
+    """The networks of section 3.1 on one device; called with frames, returns their features.
+
+    weights: {network: path}, or a seed (int) for random weights.
+    """
+
+    def __init__(self, names, weights, device):
+        self.device, self.models = device, {}
+        if not isinstance(weights, dict):
+            torch.manual_seed(weights)
+        for name in names:
+            if name == "scene":
+                model, rename = resnet18(num_classes=365), lambda key: key.removeprefix("module.")
+            elif name in DETECTORS:
+                model, rename = build_detector(name), lambda key: key
+            else:
+                model, rename = resnet50(num_classes=400), tsn_key
+                if name == "action_flow":
+                    model.conv1 = nn.Conv2d(2 * PAIRS, 64, 7, stride=2, padding=3, bias=False)
+            if isinstance(weights, dict):
+                load_strictly(model, weights[name], rename)
+            elif name in DETECTORS:
+                model.roi_heads.score_thresh = 0.                                 # random scores are all about 1/91
+            if name.startswith("action"):
+                model.fc = nn.Identity()                                          # pooled features (N,2048)
+            self.models["objects" if name in DETECTORS else name] = model.eval().to(device)
+
+    @torch.inference_mode()
+    def __call__(self, samples):
+        """samples: dicts of read_video. Returns float32 arrays action (N,2048), scene (N,365), objects (N,K,84)."""
+        def batch(name, mean, std):
+            x = torch.from_numpy(np.stack([s[name] for s in samples])).to(self.device)
+            x = x.permute(0, 3, 1, 2).float()
+            return (x - torch.tensor(mean, device=self.device).view(-1, 1, 1)) / torch.tensor(std, device=self.device).view(-1, 1, 1)
+
+        action = self.models["action_rgb"](batch("rgb", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+        if "action_flow" in self.models:
+            action = (action + self.models["action_flow"](batch("flow", [128.], [128.]))) / 2
+        scene = self.models["scene"](batch("scene", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+        frames = [torch.from_numpy(s["frame"]).to(self.device).permute(2, 0, 1).float() / 255 for s in samples]
+        return dict(action=action.cpu().numpy(), scene=scene.cpu().numpy(),
+                    objects=detect(self.models["objects"], frames).cpu().numpy())
+
+
+def detect(model, frames):
+    """F_O of each frame: a Faster R-CNN's own steps, but keeping each box's whole row of probabilities.
+
+    frames: list of (3,H,W) in [0, 1]. Returns (N,K,84): of the K best detections 80 probabilities and the corners / (W, H).
+    """
+    images, _ = model.transform(frames)
+    features = model.backbone(images.tensors)
+    proposals, _ = model.rpn(images, features)
+    heads = model.roi_heads
+    pooled = heads.box_head(heads.box_roi_pool(features, proposals, images.image_sizes))
+    logits, offsets = heads.box_predictor(pooled)
+    per_image = [len(p) for p in proposals]
+    all_boxes = heads.box_coder.decode(offsets, proposals).view(*logits.shape, 4).split(per_image)   # (R,91,4)
+    all_scores = logits.softmax(-1).split(per_image)                                             # (R,91)
+    out = torch.zeros(len(frames), K, len(COCO_80) + 4, device=logits.device)
+    for F_o, boxes, scores, (height, width) in zip(out, all_boxes, all_scores, images.image_sizes):
+        boxes = clip_boxes_to_image(boxes, (height, width))
+        row, label = torch.where(scores[:, 1:] > heads.score_thresh)
+        label = label + 1                                                                        # 0 is the background
+        big = remove_small_boxes(boxes[row, label], 1e-2)
+        row, label = row[big], label[big]
+        best = batched_nms(boxes[row, label], scores[row, label], label, heads.nms_thresh)[:K]   # sorted by score
+        row, label = row[best], label[best]
+        F_o[:len(row), :-4] = scores[row][:, COCO_80]
+        F_o[:len(row), -4:] = boxes[row, label] / torch.tensor([width, height] * 2, device=boxes.device)
+    return out
+
+
+# ======================================================================================================================
+# Video
+# ======================================================================================================================
+
+def resize_short(image, side):
+    """Scales so that the short side is `side` pixels."""
+    h, w = image.shape[:2]
+    size = (side, max(side, round(h * side / w))) if w < h else (max(side, round(w * side / h)), side)
+    return image if size == (w, h) else cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+
+
+def centre_crop(image, side=224):
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    return image[top:top + side, left:left + side]
+
+
+def flow_fields(dis, greys):
+    """The flow network's input (224,224,10) uint8 from up to six consecutive grey frames: x0, y0, ..., x4, y4.
+
+    A video shorter than six frames repeats its last pair; a single frame does not move.
+    """
+    fields = [dis.calc(a, b, None) for a, b in itertools.pairwise(greys)] or [np.zeros((*greys[0].shape, 2), np.float32)]
+    fields += fields[-1:] * (PAIRS - len(fields))
+    flow = (np.concatenate(fields, -1).clip(-BOUND, BOUND) + BOUND) * (255 / (2 * BOUND))
+    return centre_crop(resize_short(np.round(flow).astype(np.uint8), 256))
+
+
+def read_video(path, every, flow):
+    """Yields a dict for one decoded frame in `every`, to the end of the stream (a container's frame count is not believed).
+
+    number, seconds, fps; frame (H,W,3) uint8 RGB; rgb, scene (224,224,3) uint8; flow (224,224,10) uint8 of the five pairs
+    centred on the frame, shifted inwards at the ends of the video. The last dict is {"end": warning, or ""}.
+    Raises VideoError.
+    """
+    video = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
+    try:
+        if not video.isOpened():
+            raise VideoError("OpenCV cannot open it: empty, damaged, or not a video")
+        fps, expected = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
+        dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST) if flow else None
+        greys, waiting, number, last = deque(maxlen=PAIRS + 1), deque(), 0, -1.
+        while video.grab():
+            if flow or number % every == 0:
+                ok, frame = video.retrieve()
+                if not ok:
+                    break
+            if flow:
+                grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
+                greys.append(resize_short(grey, min(320, *grey.shape)))
+            if number % every == 0:
+                seconds = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
+                if not last < seconds < float("inf"):             # no time stamps in the stream
+                    seconds = number / fps if fps > 0 else float(number)
+                last = seconds
+                frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                waiting.append(dict(number=number, seconds=seconds, fps=fps, frame=frame,
+                                    rgb=centre_crop(resize_short(frame, 256)),
+                                    scene=centre_crop(cv2.resize(frame, (256, 256), interpolation=cv2.INTER_AREA))))
+            # the window of frame n is frames n-2 to n+3, from 0 at the earliest: exactly `greys` when its last one is there
+            while waiting and (not flow or number >= max(0, waiting[0]["number"] - PAIRS // 2) + PAIRS):
+                yield waiting.popleft() | (dict(flow=flow_fields(dis, greys)) if flow else {})
+            number += 1
+        for sample in waiting:                                    # shifted inwards: the last six frames
+            yield sample | dict(flow=flow_fields(dis, greys))
+        if number == 0:
+            codec = int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True).decode("ascii", "replace").strip("\0 ")
+            raise VideoError(f"no frame decodes (codec {codec or 'unknown'}); convert it: ffmpeg -i IN -c:v libx264 OUT.mp4")
+        yield dict(end=f"only {number} of {expected:.0f} frames decode" if 0 < expected < 1e9 and number < 0.95 * expected else "")
+    except cv2.error as error:
+        raise VideoError(f"OpenCV: {' '.join(str(error).split())}") from error
+    finally:
+        video.release()
+
+
+def read_videos(videos, every, flow, batch):
+    """Yields (identity, samples, None) for each batch of frames and (identity, None, outcome) at the end of each video."""
+    for identity, path in videos.items():
+        outcome = ""
+        try:
+            frames = read_video(path, every, flow)
+            while samples := list(itertools.islice(frames, batch)):
+                if "end" in samples[-1]:
+                    outcome = samples.pop()["end"]
+                if samples:
+                    yield identity, samples, None
+        except VideoError as error:
+            outcome = error
+        yield identity, None, outcome
+
+
+def ahead(iterator):
+    """The same items; a thread makes the next while this one is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, iterator, None)
+        while (item := future.result()) is not None:
+            future = thread.submit(next, iterator, None)
+            yield item
+
+
+# ======================================================================================================================
+# Files
+# ======================================================================================================================
+
+def find_videos(folder):
+    """{"class/stem": path} of the videos below a folder, sorted. The class is the first folder. Raises InputError."""
+    folder, videos = Path(folder), {}
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; it holds videos as {folder}/<class>/<name>.mp4")
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(files):
+            stem, suffix = os.path.splitext(name)
+            if name.startswith(".") or suffix.lower() not in SUFFIXES:
+                continue
+            parts = Path(place, name).relative_to(folder).parts
+            if len(parts) < 2:
+                raise InputError(f"{folder / name}: in no class folder; move it to {folder}/<class>/{name}")
+            identity = f"{parts[0]}/{stem}"
+            if identity in videos:
+                raise InputError(f"{videos[identity]} and {Path(place, name)} are both {identity}; rename one of them")
+            videos[identity] = Path(place, name)
+    if not videos:
+        raise InputError(f"{folder}: no video below it ({' '.join(sorted(SUFFIXES))}); it holds <class>/<name>.mp4")
+    return dict(sorted(videos.items()))
+
+
+def is_finished(path, settings):
+    """Whether a whole .npz made with these settings is there. Raises InputError if it was made with others."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            old = json.loads(str(f["settings"]))
+    except (FileNotFoundError, zipfile.BadZipFile, EOFError, KeyError, ValueError):
+        return False                                               # not there, or damaged: made again
+    differs = [f"{k} {old.get(k)} (now {settings.get(k)})" for k in settings | old if old.get(k) != settings.get(k)]
+    if differs:
+        raise InputError(f"{path}: made with other settings: {'; '.join(differs)}; --overwrite makes it again, another output "
+                         "folder keeps both")
+    return True
+
+
+def write_features(path, features):
+    """Writes to a temporary name in the same folder, then renames: a file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f".{os.getpid()}.part"
+    try:
+        with open(part, "wb") as f:
+            np.savez(f, **features)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Progress:
+    """One line that is rewritten on a terminal, else a line a video."""
+
+    def __init__(self, total):
+        self.total, self.done, self.frames, self.start = total, 0, 0, time.monotonic()
+
+    def show(self, identity, end=True):
+        spent = time.monotonic() - self.start
+        left = f"{spent / self.done * (self.total - self.done) / 60:.1f} min left" if self.done else ""
+        line = f"[{self.done}/{self.total}] {identity}  {self.frames / spent:.2f} frames/s  {left}"
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        elif end:
+            print(line, flush=True)
+
+    def say(self, line):
+        print(("\r\033[K" if sys.stdout.isatty() else "") + line, flush=True)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("videos", help="folder of <class>/<name>.mp4; split lists (*.txt, *.list) in it are copied along")
+    parser.add_argument("feats", help="folder for <class>/<name>.npz")
+    parser.add_argument("--every", type=int, default=EVERY, help=f"one frame in this many (4.1; default: {EVERY})")
+    parser.add_argument("--no-flow", action="store_true", help="F_A of RGB alone")
+    parser.add_argument("--detector", choices=DETECTORS, default="fasterrcnn_resnet50_fpn_v2",
+                        help="for F_O (default: fasterrcnn_resnet50_fpn_v2); the mobilenet ones are bearable on a CPU")
+    parser.add_argument("--weights", metavar="DIR", help="folder with weight files, where they cannot be downloaded")
+    parser.add_argument("--random-weights", action="store_true", help="try the pipeline without weights; means nothing")
+    parser.add_argument("--seed", type=int, default=0, help="of --random-weights (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="extract finished videos again")
+    parser.add_argument("--batch", type=int, default=16, help="frames in a batch (default: 16)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    args = parser.parse_args(argv)
+    if args.every < 1 or args.batch < 1:
+        parser.error("--every and --batch must be at least 1")
+    return args
+
+
+def main(argv=None):
+    """Returns the exit status: 0, or 1 if videos could not be decoded. Raises InputError."""
+    args = parse_args(argv)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    videos, feats = find_videos(args.videos), Path(args.feats)
+    names = ["action_rgb", *([] if args.no_flow else ["action_flow"]), "scene", args.detector]
+    if args.random_weights:
+        print(f"WARNING  networks with RANDOM weights (seed {args.seed}): these features try the pipeline and mean nothing")
+        weights, files = args.seed, {name: "random" for name in names}
+    else:
+        found = {name: find_weights(name, args.weights) for name in names}
+        weights, files = {name: path for name, (path, _) in found.items()}, {
+            name: f"{path.name} sha256 {sha256}" for name, (path, sha256) in found.items()}
+    settings = dict(version=VERSION, every=args.every, K=K, networks=files,
+                    random_weights=args.seed if args.random_weights else None)
+    out = {identity: feats / f"{identity}.npz" for identity in videos}
+    finished = [] if args.overwrite else [i for i in videos if is_finished(out[i], settings)]
+    todo = {identity: path for identity, path in videos.items() if identity not in set(finished)}
+    feats.mkdir(parents=True, exist_ok=True)
+    for path in sorted(Path(args.videos).iterdir()):
+        if path.suffix in (".txt", ".list") and path.is_file():
+            shutil.copyfile(path, feats / path.name)
+    print(f"{len(videos)} videos, {len(finished)} finished before, {len(todo)} to do; device {device}", flush=True)
+    if not todo:
+        return 0
+    networks = Networks(names, weights, device)
+    progress, batches, failures = Progress(len(todo)), [], {}
+    for identity, samples, outcome in ahead(read_videos(todo, args.every, not args.no_flow, args.batch)):
+        if samples:
+            batches.append(networks(samples) | {k: np.array([s[k] for s in samples]) for k in ("number", "seconds", "fps")})
+            progress.frames += len(samples)
+            progress.show(identity, end=False)
+            continue
+        progress.done += 1
+        if isinstance(outcome, VideoError):
+            failures[identity] = outcome
+            progress.say(f"FAILED   {videos[identity]}: {outcome}")
+        else:
+            F = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+            write_features(out[identity], dict(
+                **{k: F[k].astype(np.float16) for k in ("action", "scene", "objects")}, frames=F["number"],
+                seconds=F["seconds"], fps=F["fps"][0], settings=json.dumps(settings)))
+            if outcome:
+                progress.say(f"WARNING  {videos[identity]}: {outcome}; they are kept")
+            progress.show(identity)
+        batches = []
+    progress.say(f"{len(todo) - len(failures)} videos extracted, {len(failures)} failed, {progress.frames} frames sampled in "
+                 f"{time.monotonic() - progress.start:.0f} s")
+    for identity, failure in failures.items():
+        print(f"failed   {videos[identity]}: {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as failure:
+        print(f"extract_features.py: {failure}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nextract_features.py: interrupted; the same command goes on with the videos that are left", file=sys.stderr)
+        sys.exit(130)
