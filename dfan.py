@@ -66,6 +66,44 @@ def lstm(gates, c):
     return o.sigmoid() * c.tanh(), c
 
 
+class Recurrent(torch.autograd.Function):
+    """x -> W x + b inside the loop. Its weight's gradient waits in `steps` until the loop has been walked back."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, steps):
+        ctx.save_for_backward(x, W)
+        ctx.steps = steps
+        return torch.addmm(b, x, W.T)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W = ctx.saved_tensors
+        ctx.steps.append((x, grad))
+        return grad @ W, None, None, None
+
+
+class Together(torch.autograd.Function):
+    """(W, b) -> (W, b) before the loop; backward, the sum over frames of grad_t x_t^T as one product."""
+
+    @staticmethod
+    def forward(ctx, W, b, steps):
+        ctx.steps = steps
+        return W.view_as(W), b.view_as(b)
+
+    @staticmethod
+    def backward(ctx, *_):
+        x, grad = (torch.cat(v) for v in zip(*ctx.steps))
+        ctx.steps.clear()
+        return grad.T @ x, grad.sum(0), None
+
+
+def recurrent(linear):
+    """The nn.Linear as a function for the loop."""
+    steps = []
+    W, b = Together.apply(linear.weight, linear.bias, steps)
+    return lambda x: Recurrent.apply(x, W, b, steps)
+
+
 class DFACell(nn.Module):
     """The Dual Focus Attention cell: "two focus attention modules with two vanilla LSTM cells" (3.2).
 
@@ -108,6 +146,7 @@ class DFACell(nn.Module):
         # unbind once: the backward of x[:, t] inside the loop would write a full-size zero tensor at every frame
         x = types.SimpleNamespace(**{name: v.unbind(1) for name, v in frames.items()})
         x.there, x.sum_T_in = there, T_in.sum(1)
+        x.S_h, x.T_h = recurrent(self.S_h), recurrent(self.T_h)
         return x
 
     def start(self, x):
@@ -121,7 +160,7 @@ class DFACell(nn.Module):
     def forward(self, t, x, s):
         """Frame t: updates the state s, returns logits (B,C), the input of softmax (5), and A_o (B,K)."""
         # --- Frame Objects Focus (3.2.1)
-        s.h1, s.c1 = lstm(x.S_in[t] + self.S_h(torch.cat([s.h2, s.h1], -1)), s.c1)       # (4)   (B,H)  [R1]
+        s.h1, s.c1 = lstm(x.S_in[t] + x.S_h(torch.cat([s.h2, s.h1], -1)), s.c1)       # (4)   (B,H)  [R1]
         G_o = torch.tanh(self.W_oh(s.h1) + x.W_of[t])                                    # (3)   (B,K)  [R2]
         A_o = torch.softmax(G_o + x.absent[t], -1)                                       # (2)   (B,K)  [R3]
         F_o_hat = (x.W_Tf_object[t] * A_o).sum(-1, keepdim=True)                         # (1)   (B,1)  W_Tf applied
@@ -132,7 +171,7 @@ class DFACell(nn.Module):
         s.den = s.den + (e_t - s.e[t])                                                   # (8)   (B,1)
         s.e[t] = e_t
         F_t = s.num / s.den                                                              # (7)   (B,4H) T_in applied
-        s.h2, s.c2 = lstm(F_t + self.T_h(torch.cat([s.P, s.h2], -1)), s.c2)              # (6)   (B,H)  [R4]
+        s.h2, s.c2 = lstm(F_t + x.T_h(torch.cat([s.P, s.h2], -1)), s.c2)              # (6)   (B,H)  [R4]
         logits = self.W_p(s.h2)                                                          # (5)   (B,C)
         s.P = torch.softmax(logits, -1)                                                  # (5)   (B,C)
         # --- attention scrambler: "during the training stage", "mixed after each prediction"
