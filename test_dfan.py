@@ -102,3 +102,399 @@ def test_network_is_the_paper(training, dtype, tolerance):
             got = out[name][b].detach().double().numpy()
             assert np.abs(got[:n] - value).max() < tolerance, (name, b)
             assert (got[n:] == 0).all(), f"{name}: padding must hold zeros"
+
+
+def test_gradients_against_finite_differences():
+    net = make_net().train()
+    F_A, F_S, F_O, lengths = make_batch([5, 3])
+    labels = torch.tensor([2, 0])
+    value = lambda: dfan.loss_fn(net(F_A, F_S, F_O, lengths)["logits"], labels, lengths)
+    value().backward()
+    for name, p in net.named_parameters():
+        flat, step = p.data.view(-1), 1e-6
+        for i in range(0, len(flat), max(1, len(flat) // 7)):
+            old = flat[i].item()
+            flat[i] = old + step
+            up = value().item()
+            flat[i] = old - step
+            down = value().item()
+            flat[i] = old
+            assert abs((up - down) / (2 * step) - p.grad.view(-1)[i].item()) < 1e-7, (name, i)
+
+
+def test_gradients_reach_every_parameter_and_the_features():
+    net = make_net().train()
+    *F, lengths = make_batch([6, 4])
+    F = [v.requires_grad_() for v in F]
+    dfan.loss_fn(net(*F, lengths)["logits"], torch.tensor([1, 2]), lengths).backward()
+    assert all(v.grad.abs().sum() > 0 for v in (*net.parameters(), *F))
+    assert F[0].grad[1, 4:].abs().sum() == 0, "padding has no gradient"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_changes_nothing(training):
+    net = make_net(torch.float32).train(training)
+    F_A, F_S, F_O, lengths = make_batch([9, 4, 6], dtype=torch.float32)
+    for v in (F_A, F_S, F_O):
+        v[1, 4:] = 1e6                                            # what lies in the padding is not looked at
+    out = net(F_A, F_S, F_O, lengths)
+    for b, n in enumerate(lengths):
+        alone = net(F_A[b:b + 1, :n], F_S[b:b + 1, :n], F_O[b:b + 1, :n])
+        for name in out:
+            assert (out[name][b, :n] - alone[name][0]).abs().max() < 1e-6, (name, b)
+
+
+def test_attentions_are_distributions():
+    *F, lengths = make_batch([9, 4], K=5)
+    for training in (False, True):
+        out = make_net().train(training)(*F, lengths)
+        assert torch.allclose(out["A_T"].sum(1), torch.ones(2, dtype=torch.float64))
+        there = (F[2] != 0).any(-1)
+        assert (out["A_o"][~there] == 0).all() and (out["A_o"][:, 1] == 0).all()
+        some = there.any(-1) & (torch.arange(9) < lengths[:, None])
+        assert torch.allclose(out["A_o"].sum(-1)[some], torch.ones((), dtype=torch.float64))
+
+
+def test_scrambler_trains_only_and_beta_one_is_off():
+    *F, lengths = make_batch([8])
+    net = make_net()
+    still, mixed = net.eval()(*F)["A_T"], net.train()(*F)["A_T"]
+    assert (still - mixed).abs().max() > 1e-3
+    off = make_net(beta=1.0).train()(*F)["A_T"]
+    assert torch.allclose(off, still)
+    one = [v[:, :1] for v in F]
+    assert torch.equal(net.train()(*one)["A_T"], torch.ones(1, 1, dtype=torch.float64)), "nothing to mix at the first frame"
+
+
+def test_lstm_is_pytorchs():
+    cell = make_net().cell
+    for in_half, h_half, size in ((cell.S_in, cell.S_h, 6), (cell.T_in, cell.T_h, 12)):
+        ours = torch.nn.LSTMCell(size, 4).double()
+        x, h, c = (torch.randn(2, n, dtype=torch.float64) for n in (size, 4, 4))
+        with torch.no_grad():
+            for theirs, mine in ((ours.weight_ih, in_half.weight), (ours.bias_ih, in_half.bias),
+                                 (ours.weight_hh, h_half.weight[:, -4:]), (ours.bias_hh, h_half.bias)):
+                theirs.copy_(mine)
+        other = torch.zeros(2, h_half.in_features - 4, dtype=torch.float64)
+        got = dfan.lstm(in_half(x) + h_half(torch.cat([other, h], -1)), c)
+        assert all(torch.allclose(a, b) for a, b in zip(got, ours(x, (h, c))))
+
+
+def test_parameters_have_the_papers_names_and_widths():
+    net = dfan.DFAN(2048, 365, 84, 256, 6)
+    shapes = {name: tuple(p.weight.shape) for name, p in net.cell.named_children()}
+    assert shapes == dict(W_oh=(1, 256), W_of=(1, 84), S_in=(1024, 84), S_h=(1024, 512), W_p=(6, 256), T_in=(1024, 2413),
+                          T_h=(1024, 262), W_Th=(1, 256), W_Tf=(1, 2497))
+    assert net.cell.beta == 0.6
+
+
+def test_loss_averages_frames_then_videos():
+    logits = torch.randn(2, 5, 3, dtype=torch.float64)
+    P = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(-1, keepdims=True)
+    expected = (-np.log(P[0, :5, 2]).mean() - np.log(P[1, :2, 0]).mean()) / 2
+    assert abs(dfan.loss_fn(logits, torch.tensor([2, 0]), torch.tensor([5, 2])).item() - expected) < 1e-12
+
+
+def test_vote():
+    def P(*emotions, sure=0.6):
+        return [[sure if c == e else (1 - sure) / 2 for c in range(3)] for e in emotions]
+
+    cases = [(P(*[0] * 20, *[1] * 6, *[2] * 4), 30, 1),                        # the last ten alone count
+             (P(*[0] * 10, *[2] * 15), 10, 0),                                 # padding does not
+             (P(*[0] * 9, 0) + P(*[1] * 5, sure=0.8) + P(*[2] * 9), 15, 1),    # 5 to 5: the higher summed probability
+             (P(2, 2, 0), 3, 2),                                               # shorter than ten
+             (P(0) + P(1, sure=0.9), 2, 1), (P(0, sure=0.9) + P(1), 2, 0)]
+    T = max(len(p) for p, _, _ in cases)
+    batch = torch.zeros(len(cases), T, 3)
+    for b, (p, _, _) in enumerate(cases):
+        batch[b, :len(p)] = torch.tensor(p)
+    assert dfan.vote(batch, torch.tensor([n for _, n, _ in cases])).tolist() == [e for _, _, e in cases]
+
+
+def test_scores_are_the_papers():
+    labels, emotions = [0, 0, 0, 1, 1, 2], np.array([0, 0, 1, 1, 0, 2])
+    got = dfan.scores(labels, emotions, ["a", "b", "c"])
+    assert got["accuracy"] == 4 / 6 and abs(got["macro"] - (2 / 3 + 1 / 2 + 1) / 3) < 1e-12
+    assert np.allclose(got["confusion"], [[2 / 3, 1 / 3, 0], [1 / 2, 1 / 2, 0], [0, 0, 1]])
+
+
+def test_every_equation_and_reading_is_tagged():
+    import inspect
+    step = inspect.getsource(dfan.DFACell.forward)
+    source, readme = (HERE / "dfan.py").read_text(), (HERE / "README.md").read_text()
+    extract = (HERE / "extract_features.py").read_text()
+    for n in range(1, 11):
+        assert any(f"({n})" in line.partition("#")[2] for line in step.splitlines()), f"equation ({n})"
+    for n in range(1, 16):
+        assert f"R{n} " in readme, f"README: reading R{n}"
+        if n not in (9, 10, 11, 14):                              # Tables 1 and 2, fine-tuning: not built yet
+            assert f"[R{n}]" in source + extract, f"no line carries [R{n}]"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data, split lists, protocols
+# ----------------------------------------------------------------------------------------------------------------------
+
+WIDTHS = (7, 5, 6)
+
+
+def write_feats(folder, classes=("anger", "joy"), n=4, K=3, seed=0, stems=None):
+    """Small feature files whose action feature carries the class; lists of odd and even videos beside them."""
+    rng = np.random.default_rng(seed)
+    ids = []
+    for c, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            T = int(rng.integers(3, 15))
+            stem = stems[i] if stems else f"{name}_{i}"
+            np.savez(folder / name / f"{stem}.npz", action=(rng.standard_normal((T, 7)) + 2 * np.eye(7)[c]).astype(np.float16),
+                     scene=rng.standard_normal((T, 5)).astype(np.float16), objects=rng.random((T, K, 6)).astype(np.float16))
+            ids.append(f"{name}/{stem}")
+    (folder / "trainlist01.txt").write_text("".join(f"{i} 1\n" for i in ids[::2]))
+    (folder / "testlist01.txt").write_text("".join(f"{i} 1\n" for i in ids[1::2]))
+    return folder
+
+
+def run_main(*argv, **kw):
+    args = [str(a) for a in argv]
+    dfan.main(args + ["--hidden", "4", "--epochs", "2", "--batch", "4"])
+
+
+def error_of(*argv):
+    with pytest.raises(dfan.InputError) as caught:
+        run_main(*argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+LISTS = {
+    "plain": "anger/a 1\njoy/b 2\n", "no label": "anger/a\njoy/b\n", "no last newline": "anger/a 1\njoy/b 2",
+    "CRLF": "anger/a 1\r\njoy/b 2\r\n", "labels from 0": "anger/a 0\njoy/b 1\n", "extension": "anger/a.mp4 1\njoy/b.npz\n",
+    "BOM": "\ufeffanger/a 1\njoy/b 2\n", "bare stems": "a 1\nb\n", "blank lines, twice": "\nanger/a 1\n\njoy/b 2\nanger/a 1\n",
+    "tabs": "anger/a\t1\njoy/b\t2\n", "wrong label": "anger/a 2\njoy/b 1\n"}
+
+
+@pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
+def test_list_formats(tmp_path, text):
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8", newline="")
+    assert dfan.read_list(tmp_path / "list.txt", ["anger/a", "anger/c", "joy/b"]) == ([0, 2], [])
+
+
+def test_awkward_names(tmp_path):
+    ids = ["anger/Ten [Part1].mp4", "anger/v1", "anger/v1.0", "joy/it's 2", "joy/it's", "joy/Fun & more (HD)", "joy/7"]
+    for line, expected in (("anger/Ten [Part1].mp4 1", 0), ("anger/Ten [Part1].mp4.mp4", 0), ("anger/v1.0 1", 2),
+                           ("anger/v1.mp4 1", 1), ("joy/it's 2 4", 3), ("joy/it's 2", 3), ("joy/it's 4", 4),
+                           ("Fun & more (HD) 4", 5), ("7 4", 6), ("7", 6)):
+        (tmp_path / "list.txt").write_text(line)
+        assert dfan.read_list(tmp_path / "list.txt", ids) == ([expected], []), line
+    (tmp_path / "list.txt").write_text("anger/v1.7 1\nanger/it's\nsadness/v1 5\n")
+    assert dfan.read_list(tmp_path / "list.txt", ids) == ([], ["anger/v1.7", "anger/it's", "sadness/v1"]), "never another video"
+
+
+def test_list_errors(tmp_path):
+    feats = write_feats(tmp_path / "f", stems=["1", "2", "3", "4"])
+    (tmp_path / "bad.txt").write_text("1 1\n")
+    assert "anger/1 and joy/1" in error_of("--data", feats, "--split", tmp_path / "bad.txt", feats / "testlist01.txt")
+    (tmp_path / "bad.txt").write_text("")
+    assert "empty" in error_of("--data", feats, "--split", tmp_path / "bad.txt", feats / "testlist01.txt")
+    (tmp_path / "bad.txt").write_text("anger/1\nanger/9 1\njoy/1\n")
+    assert "1 listed videos" in (e := error_of("--data", feats, "--split", tmp_path / "bad.txt", feats / "testlist01.txt"))
+    assert "anger/9" in e and "--allow-missing" in e
+    assert "in both" in error_of("--data", feats, "--split", feats / "testlist01.txt", feats / "testlist01.txt")
+    (tmp_path / "bad.txt").write_text("anger/1\nanger/9")
+    assert "no video of class joy" in error_of("--data", feats, "--split", tmp_path / "bad.txt", feats / "testlist01.txt",
+                                               "--allow-missing")
+    assert "pairs" in error_of("--data", feats, "--split", feats / "testlist01.txt")
+    assert "nowhere.txt" in error_of("--data", feats, "--split", tmp_path / "nowhere.txt", feats / "testlist01.txt")
+    (feats / "trainlist01.txt").unlink()
+    assert "trainlist01.txt" in (e := error_of("--data", feats)) and "--alternate-split" in e
+
+
+def test_allow_missing_counts_and_names(tmp_path, capsys):
+    feats = write_feats(tmp_path / "f")
+    with open(feats / "trainlist01.txt", "a") as f:
+        f.write("anger/lost_one 1\n")
+    run_main("--data", feats, "--allow-missing", "--out", tmp_path / "o")
+    out = capsys.readouterr().out
+    assert "1 videos" in out and "anger/lost_one" in out and "train 4 / validation 4" in out and "819 / 818" in out
+
+
+def test_alternate_split_is_named(tmp_path, capsys):
+    feats = write_feats(tmp_path / "f", n=5)
+    (feats / "trainlist01.txt").unlink()
+    args = dfan.parse_args(["--data", str(feats), "--alternate-split"])
+    data = dfan.Features(feats)
+    (train, test), = dfan.make_splits(args, data)
+    order = sorted(data.ids)
+    assert [data.ids[i] for i in train] == order[::2] and [data.ids[i] for i in test] == order[1::2]
+    assert "not the data set's own lists" in capsys.readouterr().out
+
+
+def test_videoemotion_splits(tmp_path):
+    feats = write_feats(tmp_path / "f", ("Anger", "Fear", "Joy"), n=9)
+    data = dfan.Features(feats)
+    splits = dfan.make_splits(dfan.parse_args(["--data", str(feats), "--dataset", "videoemotion", "--seed", "5"]), data)
+    assert len(splits) == 10 and len({tuple(sorted(train)) for train, _ in splits}) == 10
+    for train, test in splits:
+        assert sorted(train + test) == list(range(27))
+        assert np.bincount([data.labels[i] for i in train]).tolist() == [6, 6, 6]
+
+
+def test_videoemotion_published_lists(tmp_path):
+    feats = write_feats(tmp_path / "f", stems=["1", "2", "3", "4"])
+    for c in ("anger", "joy"):
+        for i in range(1, 5):
+            (feats / c / f"{i}.npz").rename(feats / c / f"{i + 4 * (c == 'joy')}.npz")
+    files = []
+    for k, (train, test) in enumerate([((1, 2, 5, 6), (3, 4, 7, 8)), ((3, 4, 7, 8), (1, 2, 5, 6))]):
+        for name, numbers in (("Trainset", train), ("Testset", test)):
+            files.append(tmp_path / f"VE_{k}_{name}.list")
+            files[-1].write_text("".join(f"{n} {int(n > 4)}\r\n" for n in numbers), newline="")
+    args = dfan.parse_args(["--data", str(feats), "--dataset", "videoemotion", "--split", *map(str, files)])
+    splits = dfan.make_splits(args, dfan.Features(feats))
+    assert splits == [([0, 1, 4, 5], [2, 3, 6, 7]), ([2, 3, 6, 7], [0, 1, 4, 5])]
+
+
+def test_bad_features_name_the_file(tmp_path):
+    feats = write_feats(tmp_path / "f")
+    good = dict(np.load(feats / "joy/joy_0.npz"))
+    bad = feats / "joy/joy_0.npz"
+    for change, word in ((dict(scene=good["scene"] * np.float16(np.nan)), "NaN"), (dict(scene=good["scene"][1:]), "disagree"),
+                         (dict(action=good["action"] + np.float16(np.inf)), "infinity"),
+                         (dict(objects=np.array([{}, 1], object)), "plain .npz"),
+                         (dict(action=good["action"][:, :3]), "widths")):
+        np.savez(bad, **good | change)
+        assert word in (e := error_of("--data", feats)) and "joy_0.npz" in e, word
+    np.savez(bad, action=good["action"])
+    assert "no array objects, scene" in error_of("--data", feats)
+    np.savez(bad, **good)
+    whole = bad.read_bytes()
+    for damaged in (whole[:len(whole) // 2], b"", b"not a zip"):
+        bad.write_bytes(damaged)
+        assert "joy_0.npz" in error_of("--data", feats)
+    (tmp_path / "empty").mkdir()
+    assert "empty" in error_of("--data", tmp_path / "empty")
+    assert "nowhere" in error_of("--data", tmp_path / "nowhere")
+    few = write_feats(tmp_path / "few", n=2)
+    assert "fewer than 3" in error_of("--data", few, "--dataset", "videoemotion")
+
+
+def test_nothing_in_an_npz_runs(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    feats = write_feats(tmp_path / "f")
+    good = dict(np.load(feats / "joy/joy_0.npz"))
+    np.savez(feats / "joy/joy_0.npz", **good | dict(action=np.array([Trap()], object)))
+    error_of("--data", feats)
+    torch.save(dict(model=Trap()), tmp_path / "run0.pt")
+    with pytest.raises(dfan.InputError, match="run0.pt"):
+        dfan.load_checkpoint(tmp_path / "run0.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_batches_cover_and_group(tmp_path):
+    lengths = list(np.random.default_rng(0).lognormal(5.7, 0.75, 500).astype(int) + 1)
+    batches = dfan.make_batches(range(500), lengths, 16, np.random.default_rng([0, 1]))
+    assert sorted(i for b in batches for i in b) == list(range(500)) and max(map(len, batches)) == 16
+    again = dfan.make_batches(range(500), lengths, 16, np.random.default_rng([0, 1]))
+    other = dfan.make_batches(range(500), lengths, 16, np.random.default_rng([0, 2]))
+    assert batches == again != other
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert padded < 1.15 * sum(lengths)
+
+
+def test_resume_is_the_uninterrupted_run(tmp_path, capsys):
+    feats = write_feats(tmp_path / "f", n=8)
+    common = ["--data", str(feats), "--hidden", "4", "--batch", "4", "--epochs"]
+    dfan.main(common + ["5", "--out", str(tmp_path / "a")])
+    whole = capsys.readouterr().out
+    dfan.main(common + ["2", "--out", str(tmp_path / "b")])
+    capsys.readouterr()
+    dfan.main(common + ["5", "--out", str(tmp_path / "b"), "--resume"])
+    resumed = capsys.readouterr().out
+    assert whole[whole.index("run 0  epoch   3"):] == resumed[resumed.index("run 0  epoch   3"):]
+    a, b = (torch.load(tmp_path / d / "run0.pt", weights_only=True) for d in "ab")
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["history"] == b["history"]
+    assert a["classes"] == ["anger", "joy"] and a["settings"]["hidden"] == 4 and a["epoch"] == 5
+    assert "--resume" in error_of("--data", feats, "--out", tmp_path / "a")
+    assert "other" in error_of("--data", feats, "--out", tmp_path / "a", "--resume", "--lr", "0.5")
+    (tmp_path / "a/run0.pt").write_bytes((tmp_path / "a/run0.pt").read_bytes()[:1000])
+    assert "damaged" in error_of("--data", feats, "--out", tmp_path / "a", "--resume")
+
+
+def test_last_epoch_is_reported_not_the_best(tmp_path, capsys):
+    feats = write_feats(tmp_path / "f", n=8)
+    dfan.main(["--data", str(feats), "--hidden", "4", "--batch", "4", "--epochs", "6", "--lr", "0.3", "--out", str(tmp_path / "o")])
+    out = capsys.readouterr().out
+    last = [line for line in out.splitlines() if "epoch   6/6" in line][0].split("accuracy ")[1].split()[0]
+    assert f"accuracy {last}" in [line for line in out.splitlines() if line.startswith("result")][0]
+
+
+def test_planted_set_is_what_it_says():
+    data = dfan.Planted(3)
+    for i in (0, 7, 1200):
+        F_A, F_S, F_O, planted, key = data.draw(i, 4)
+        again = data.draw(i, 4)
+        assert all(np.array_equal(a, b) for a, b in zip((F_A, F_S, F_O, planted, key), again))
+        assert planted.sum() == 2 and np.diff(np.flatnonzero(planted)) == [1]
+        keys = F_O[:, :, 0] == 0.95
+        assert keys.sum() == 2 and all(keys[t, key[t]] for t in np.flatnonzero(planted))
+        assert (F_O[..., :80].max(-1)[~keys] <= 0.5).all() and (F_O[..., :80].max(-1) >= 0.05).all()
+        fits = F_A @ data.patterns.T / (data.patterns ** 2).sum(1)        # 1.5 where a pattern lies
+        pair = fits.reshape(12, 2, 6).mean(1)
+        assert {int(pair[p].argmax()) for p in np.argsort(pair.max(1))[-4:]} >= {data.labels[i]}
+        assert pair[np.flatnonzero(planted)[0] // 2].argmax() == data.labels[i]
+    assert not np.array_equal(data.draw(0, 1)[0], data.draw(0, 2)[0]), "training videos are drawn anew"
+    assert np.array_equal(data.draw(1200, 1)[0], data.draw(1200, 2)[0]), "validation videos are not"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command lines, as their user runs them
+# ----------------------------------------------------------------------------------------------------------------------
+
+def shell(*argv, cwd=None, env=None, check=None):
+    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=cwd, env=os.environ | (env or {}))
+    if check is not None:
+        assert done.returncode == check, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+    return done
+
+
+def test_planted_command_same_seed_twice(tmp_path):
+    first, second = (shell(HERE / "dfan.py", "--epochs", "1", cwd=tmp_path, check=0).stdout for _ in range(2))
+    assert first == second and "SYNTHETIC" in first and "uniform 0.083, limit 0.402" in first
+    assert "uniform 0.125, limit 0.514" in first and not list(tmp_path.iterdir())
+
+
+def test_torchrun_gives_the_same_numbers(tmp_path):
+    feats = write_feats(tmp_path / "f", n=6)
+    common = [HERE / "dfan.py", "--data", feats, "--dataset", "videoemotion", "--hidden", "4", "--epochs", "2", "--device", "cpu"]
+    alone = shell(*common, "--out", tmp_path / "a", check=0).stdout
+    spread = shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *common, "--out", tmp_path / "b").stdout
+    results = [[line for line in out.splitlines() if line.startswith("result")] for out in (alone, spread)]
+    assert len(results[0]) == 12 and results[0] == results[1]
+    assert len({line.split("seed")[1].split()[0] for line in results[0][:10]}) == 10
+
+
+def test_errors_are_one_line_and_exit_2(tmp_path):
+    for argv in (["--data", tmp_path / "nowhere"], ["--device", "cuda:99"], ["--data", tmp_path]):
+        done = shell(HERE / "dfan.py", *argv, check=2)
+        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("dfan.py: ")
+    for argv in (["--beta", "2"], ["--lr", "nan"], ["--resume"], ["--dataset", "videoemotion"], ["--seed", "-1"]):
+        assert "error:" in shell(HERE / "dfan.py", *argv, check=2).stderr
+
+
+def test_killed_training_resumes_to_the_same_numbers(tmp_path):
+    feats = write_feats(tmp_path / "f", n=8)
+    common = [sys.executable, HERE / "dfan.py", "--data", feats, "--hidden", "4", "--batch", "4", "--epochs", "12"]
+    whole = subprocess.run([*common, "--out", tmp_path / "a"], capture_output=True, text=True, check=True).stdout
+    victim = subprocess.Popen([*common, "--out", tmp_path / "b"], stdout=subprocess.PIPE, text=True)
+    for line in victim.stdout:
+        if "epoch   3/12" in line:
+            break
+    victim.kill()
+    victim.wait()
+    resumed = subprocess.run([*common, "--out", tmp_path / "b", "--resume"], capture_output=True, text=True, check=True).stdout
+    assert "resumed after epoch" in resumed
+    assert whole[whole.index("result"):] == resumed[resumed.index("result"):]
