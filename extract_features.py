@@ -270,7 +270,7 @@ def read_video(path, every, flow):
                     break
             if flow:
                 grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
-                greys.append(resize_short(grey, min(320, *grey.shape)))
+                greys.append(resize_short(grey, max(16, min(320, *grey.shape))))       # DIS takes no less than 12
             if number % every == 0:
                 seconds = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
                 if not last < seconds < float("inf"):             # no time stamps in the stream

@@ -3,17 +3,24 @@
 The oracle below is written from the paper and from the README's readings [R1]-[R8], not from dfan.py: one video at a
 time, loops over t and i, float64, no identity used.
 """
+import hashlib
+import inspect
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import dfan
+import extract_features as extract
 
 HERE = Path(__file__).resolve().parent
 BETA = 0.6
@@ -219,7 +226,6 @@ def test_scores_are_the_papers():
 
 
 def test_every_equation_and_reading_is_tagged():
-    import inspect
     step = inspect.getsource(dfan.DFACell.forward)
     source, readme = (HERE / "dfan.py").read_text(), (HERE / "README.md").read_text()
     extract = (HERE / "extract_features.py").read_text()
@@ -498,3 +504,359 @@ def test_killed_training_resumes_to_the_same_numbers(tmp_path):
     resumed = subprocess.run([*common, "--out", tmp_path / "b", "--resume"], capture_output=True, text=True, check=True).stdout
     assert "resumed after epoch" in resumed
     assert whole[whole.index("result"):] == resumed[resumed.index("result"):]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# extract_features.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"
+TRY = ["--random-weights", "--detector", SMALL, "--device", "cpu"]
+
+
+def texture(h=96, w=128, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (h // 4, 2 * w // 4, 3), np.uint8)
+    return cv2.resize(noise, (2 * w, h), interpolation=cv2.INTER_CUBIC)
+
+
+def write_video(path, n, h=96, w=128, shift=2, fps=24., seed=0, codec="mp4v"):
+    """n frames of a texture that moves `shift` pixels to the left a frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wide = texture(h, w, seed)
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, (w, h))
+    assert video.isOpened()
+    for t in range(n):
+        video.write(np.roll(wide, -shift * t, 1)[:, :w])
+    video.release()
+    return path
+
+
+def samples_of(path, every=8, flow=True):
+    *samples, last = extract.read_video(path, every, flow)
+    return samples, last["end"]
+
+
+def test_one_frame_in_eight_to_the_end(tmp_path):
+    for n in (1, 5, 8, 9, 33):
+        samples, warning = samples_of(write_video(tmp_path / f"{n}.mp4", n), flow=n != 8)
+        assert [s["number"] for s in samples] == list(range(0, n, 8)) and not warning
+        assert np.allclose([s["seconds"] for s in samples], np.arange(0, n, 8) / 24, atol=1e-3)
+        assert samples[0]["fps"] == 24
+    decoded = cv2.VideoCapture(str(tmp_path / "33.mp4"))
+    frames = [decoded.read()[1] for _ in range(33)]
+    for s in samples:
+        assert np.array_equal(s["frame"][..., ::-1], frames[s["number"]])
+        assert s["rgb"].shape == s["scene"].shape == (224, 224, 3) and s["flow"].shape == (224, 224, 10)
+
+
+def test_flow_is_of_the_five_pairs_around_the_frame(tmp_path):
+    """The texture stands still but for one pair: which samples see it, and in which of their five fields?"""
+    wide, at = texture(), 17                                       # it moves between frames 17 and 18, by 4 pixels
+    video = cv2.VideoWriter(str(tmp_path / "v.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 24, (128, 96))
+    for t in range(30):
+        video.write(np.roll(wide, -4 * (t > at), 1)[:, :128])
+    video.release()
+    samples, _ = samples_of(tmp_path / "v.mp4")
+    for s in samples:
+        x = (s["flow"].reshape(224, 224, 5, 2)[60:160, 60:160, :, 0].mean((0, 1)) / 255 * 40 - 20).round(1)
+        first = min(max(0, s["number"] - 2), 30 - 6)               # pairs n-2 to n+2, shifted inwards at the ends
+        expected = [-4 if first + i == at else 0 for i in range(5)]
+        assert np.abs(x - expected).max() < 0.7, (s["number"], x)
+    assert [s["number"] for s in samples] == [0, 8, 16, 24]
+
+
+def test_flow_scale_and_short_videos(tmp_path):
+    for n, moving in ((1, False), (3, True), (6, True)):
+        flow = samples_of(write_video(tmp_path / f"{n}.mp4", n))[0][0]["flow"].astype(float)[60:160, 60:160]
+        expected = 127.5 + (-2 if moving else 0) * 255 / 40
+        assert np.abs(flow[..., ::2].mean((0, 1)) - expected).max() < 4, n
+        assert np.abs(flow[..., 1::2].mean((0, 1)) - 127.5).max() < 2, n
+
+    class Fast:                                                    # 30 pixels to the left, 10 down
+        def calc(self, a, b, _):
+            return np.full((*a.shape, 2), [-30, 10], np.float32)
+    fast = extract.flow_fields(Fast(), [np.zeros((64, 80), np.uint8)] * 6)
+    assert (fast[..., ::2] == 0).all() and (fast[..., 1::2] == round(30 * 255 / 40)).all(), "clipped at -20 pixels"
+
+
+def test_sizes_of_every_kind(tmp_path):
+    for h, w in ((16, 16), (2, 64), (64, 2), (17, 33), (600, 32), (340, 640)):
+        try:
+            write_video(tmp_path / f"{h}x{w}.avi", 7, h, w, codec="FFV1")
+        except cv2.error:
+            continue
+        samples, _ = samples_of(tmp_path / f"{h}x{w}.avi")
+        assert samples[0]["rgb"].shape == (224, 224, 3) and samples[0]["flow"].shape == (224, 224, 10)
+
+
+def test_detector_rows_are_the_models_own_detections():
+    torch.manual_seed(0)
+    networks = extract.Networks([SMALL], 0, "cpu")
+    model = networks.models["objects"]
+    model.roi_heads.score_thresh = 0.011                          # of random scores, about 1/91, some and not all
+    frames = [torch.rand(3, 120, 160) for _ in range(2)]
+    with torch.inference_mode():
+        F_O, theirs = extract.detect(model, frames), model(frames)
+    categories = extract.DETECTORS[SMALL].meta["categories"]
+    names = [c for c in categories if c not in ("__background__", "N/A")]
+    assert len(names) == 80
+    for F_o, own in zip(F_O, theirs):
+        n = min(16, len(own["scores"]))
+        assert n > 0 and (F_o[n:] == 0).all()
+        for row, score, label, box in zip(F_o[:n], own["scores"], own["labels"], own["boxes"]):
+            if categories[label] != "N/A":
+                assert row[names.index(categories[label])] == score
+            assert torch.allclose(row[-4:], box / torch.tensor([160, 120, 160, 120]), atol=1e-5)
+        assert (F_o[:n, :80].sum(1) <= 1).all()
+
+
+def as_mmaction2(key):
+    """The same parameter in mmaction2's TSN, from the layouts in its model zoo."""
+    if key.startswith("fc."):
+        return "cls_head.fc_cls." + key[3:]
+    parts = key.split(".")
+    if parts[-2] == "0" and "downsample" in key:
+        parts[-2:] = ["conv", parts[-1]]
+    elif parts[-2] == "1" and "downsample" in key:
+        parts[-2:] = ["bn", parts[-1]]
+    elif parts[-2].startswith("conv"):
+        parts[-2:] = [parts[-2], "conv", parts[-1]]
+    else:
+        parts[-2:] = ["conv" + parts[-2][2:], "bn", parts[-1]]
+    return "backbone." + ".".join(parts)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A --weights folder whose files have the published layouts (not values), and their hashes in FILES."""
+    folder, old = tmp_path_factory.mktemp("weights"), dict(extract.FILES)
+    torch.manual_seed(7)
+    models = dict(action_rgb=torchvision.models.resnet50(num_classes=400), action_flow=torchvision.models.resnet50(num_classes=400),
+                  scene=torchvision.models.resnet18(num_classes=365))
+    models["action_flow"].conv1 = torch.nn.Conv2d(10, 64, 7, stride=2, padding=3, bias=False)
+    for name, model in models.items():
+        rename = (lambda k: "module." + k) if name == "scene" else as_mmaction2
+        torch.save(dict(state_dict={rename(k): v for k, v in model.state_dict().items()}, meta=dict(epoch=1)),
+                   folder / old[name][0])
+    detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    torch.save({k: v for k, v in detector.state_dict().items() if not k.endswith("num_batches_tracked")}, folder / old[SMALL][0])
+    for name in (*models, SMALL):
+        sha256 = hashlib.sha256((folder / old[name][0]).read_bytes()).hexdigest()
+        extract.FILES[name] = (old[name][0], sha256[:8], old[name][2])
+    yield folder, models
+    extract.FILES.update(old)
+
+
+def test_published_layouts_load_strictly_and_features_are_theirs(tmp_path, published):
+    folder, models = published
+    write_video(tmp_path / "v/joy/a.mp4", 20)
+    assert extract.main([str(tmp_path / "v"), str(tmp_path / "f"), "--weights", str(folder), "--detector", SMALL, "--device", "cpu"]) == 0
+    f = np.load(tmp_path / "f/joy/a.npz")
+    samples, _ = samples_of(tmp_path / "v/joy/a.mp4")
+    assert f["frames"].tolist() == [0, 8, 16] and f["action"].dtype == np.float16
+    x = torch.from_numpy(np.stack([s["rgb"] for s in samples])).permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    y = torch.from_numpy(np.stack([s["flow"] for s in samples])).permute(0, 3, 1, 2).float()
+    with torch.inference_mode():
+        pooled = []
+        for name, v in (("action_rgb", x), ("action_flow", (y - 128) / 128)):
+            *_, fc = (model := models[name].eval()).children()
+            pooled.append(torch.nn.Sequential(*list(model.children())[:-1])(v).flatten(1))
+        assert np.allclose(f["action"], ((pooled[0] + pooled[1]) / 2).numpy(), rtol=1e-3, atol=1e-3)
+    s = torch.from_numpy(np.stack([s["scene"] for s in samples])).permute(0, 3, 1, 2) / 255
+    s = (s - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.inference_mode():
+        assert np.allclose(f["scene"], models["scene"].eval()(s).numpy(), rtol=1e-3, atol=1e-3)
+    settings = json.loads(str(f["settings"]))
+    assert settings["every"] == 8 and settings["K"] == 16 and settings["random_weights"] is None
+    for name in ("action_rgb", "action_flow", "scene", SMALL):
+        assert hashlib.sha256((folder / extract.FILES[name][0]).read_bytes()).hexdigest() in settings["networks"][name]
+
+
+def test_weights_errors(tmp_path, published, monkeypatch):
+    folder, _ = published
+    write_video(tmp_path / "v/joy/a.mp4", 9)
+    for name in os.listdir(folder):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    argv = [str(tmp_path / "v"), str(tmp_path / "f"), "--weights", str(tmp_path), "--detector", SMALL, "--device", "cpu"]
+    name, prefix, addresses = extract.FILES["scene"]
+    with open(tmp_path / name, "ab") as f:
+        f.write(b"x")
+    with pytest.raises(extract.InputError, match="SHA-256"):
+        extract.main(argv)
+    partial = torch.load(folder / name, weights_only=True)         # one tensor short, and one too many
+    for change in ("missing", "extra"):
+        state = dict(partial["state_dict"])
+        state.pop("module.conv1.weight") if change == "missing" else state.update({"module.more": torch.ones(1)})
+        torch.save(dict(state_dict=state), tmp_path / name)
+        monkeypatch.setitem(extract.FILES, "scene", (name, hashlib.sha256((tmp_path / name).read_bytes()).hexdigest(), addresses))
+        with pytest.raises(extract.InputError, match="not the weights"):
+            extract.main(argv)
+    assert not list((tmp_path / "f").glob("*/*.npz"))
+
+
+def test_every_detector_builds_with_its_published_layout():
+    """Frozen batch norm has no counter, plain batch norm has one: the published files of the two kinds differ in that."""
+    for name in extract.DETECTORS:
+        keys = extract.build_detector(name).state_dict().keys()
+        assert any(k.endswith("num_batches_tracked") for k in keys) == name.endswith("_v2"), name
+    assert len(extract.COCO_80) == 80
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
+    """Both classes' videos, three each, extracted once with random weights."""
+    folder = tmp_path_factory.mktemp("extracted")
+    for i in range(6):
+        write_video(folder / "v" / ("anger", "joy")[i % 2] / f"clip[{i}].v1.mp4", 10 + 9 * i, seed=i)
+    (folder / "v/trainlist01.txt").write_text("".join(f"{('anger', 'joy')[i % 2]}/clip[{i}].v1 1\n" for i in range(4)))
+    (folder / "v/testlist01.txt").write_text("".join(f"{('anger', 'joy')[i % 2]}/clip[{i}].v1 1\n" for i in (4, 5)))
+    done = shell(HERE / "extract_features.py", folder / "v", folder / "f", *TRY, check=0)
+    return folder, done.stdout
+
+
+def test_from_videos_to_accuracy(extracted, tmp_path):
+    folder, printed = extracted
+    assert printed.startswith("WARNING") and "RANDOM" in printed and "6 videos extracted, 0 failed" in printed
+    f = np.load(folder / "f/joy/clip[5].v1.npz", allow_pickle=False)
+    T = len(range(0, 55, 8))
+    assert {k: (f[k].shape, f[k].dtype.kind) for k in f.files} == dict(
+        action=((T, 2048), "f"), scene=((T, 365), "f"), objects=((T, 16, 84), "f"), frames=((T,), "i"), seconds=((T,), "f"),
+        fps=((), "f"), settings=((), "U"))
+    scores = f["objects"][..., :80].max(-1)
+    assert (np.diff(scores, axis=1) <= 2e-3).all() and scores[:, 0].min() > 0, "the most probable first"
+    trained = shell(HERE / "dfan.py", "--data", folder / "f", "--epochs", "2", "--hidden", "8", "--out", tmp_path, "--device", "cpu", check=0).stdout
+    assert "RANDOM" in trained and "train 4 / validation 2" in trained and "accuracy" in trained
+
+
+def test_rerun_skips_and_settings_are_kept_apart(extracted, tmp_path):
+    folder, _ = extracted
+    shutil.copytree(folder / "f", tmp_path / "f")
+    again = shell(HERE / "extract_features.py", folder / "v", tmp_path / "f", *TRY, check=0).stdout
+    assert "6 finished before, 0 to do" in again
+    other = shell(HERE / "extract_features.py", folder / "v", tmp_path / "f", *TRY, "--every", "4", check=2)
+    assert "every 8 (now 4)" in other.stderr and "--overwrite" in other.stderr and len(other.stderr.strip().splitlines()) == 1
+    broken = tmp_path / "f/joy/clip[1].v1.npz"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:5000])
+    (tmp_path / "f/joy/clip[3].v1.npz").unlink()
+    assert "4 finished before, 2 to do" in shell(HERE / "extract_features.py", folder / "v", tmp_path / "f", *TRY, check=0).stdout
+    assert broken.read_bytes() == whole, "made again, byte for byte"
+
+
+def test_killed_extraction_goes_on_to_the_same_files(extracted, tmp_path):
+    folder, _ = extracted
+    argv = [sys.executable, HERE / "extract_features.py", folder / "v", tmp_path / "f", *TRY]
+    victim = subprocess.Popen([str(a) for a in argv], stdout=subprocess.PIPE, text=True)
+    for line in victim.stdout:
+        if line.startswith("[2/6]"):
+            break
+    victim.kill()
+    victim.wait()
+    assert 2 <= len(list((tmp_path / "f").glob("*/*.npz"))) < 6
+    shell(*argv[1:], check=0)
+    names = sorted(p.relative_to(folder / "f") for p in (folder / "f").rglob("*.npz"))
+    assert len(names) == 6 == len(list((tmp_path / "f").glob("*/*.npz")))
+    assert all((folder / "f" / n).read_bytes() == (tmp_path / "f" / n).read_bytes() for n in names)
+
+
+def test_broken_videos_are_listed_and_the_rest_goes_on(tmp_path):
+    good = write_video(tmp_path / "v/joy/good.mp4", 40, 240, 320)
+    whole = good.read_bytes()
+    (tmp_path / "v/joy/empty.mp4").write_bytes(b"")
+    (tmp_path / "v/joy/garbage.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (tmp_path / "v/joy/no_index.mp4").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "v/joy/._good.mp4").write_bytes(b"not looked at")
+    cut = write_video(tmp_path / "v/joy/tail.avi", 80, 240, 320, codec="MJPG")
+    cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
+    done = shell(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", *TRY, "--no-flow", check=1)
+    assert sorted(p.name for p in (tmp_path / "f/joy").iterdir()) == ["good.npz", "tail.npz"]
+    failed = [line for line in done.stdout.splitlines() if line.startswith("failed")]
+    assert [Path(line.split(": ")[0]).name for line in failed] == ["empty.mp4", "garbage.mp4", "no_index.mp4"]
+    assert "tail.avi: only" in done.stdout and 3 <= len(np.load(tmp_path / "f/joy/tail.npz")["frames"]) < 10
+    assert "action_flow" not in json.loads(str(np.load(tmp_path / "f/joy/good.npz")["settings"]))["networks"]
+
+
+def test_a_codec_that_opens_but_does_not_decode(tmp_path):
+    """OpenCV opens AV1 and decodes none of it: an MP4 that says it holds AV1."""
+    path = write_video(tmp_path / "a.mp4", 20)
+    path.write_bytes(path.read_bytes().replace(b"mp4v", b"av01").replace(b"esds", b"free"))
+    assert cv2.VideoCapture(str(path)).isOpened()
+    with pytest.raises(extract.VideoError, match="no frame decodes .codec AV01.*ffmpeg"):
+        list(extract.read_video(path, 8, False))
+
+
+def test_extraction_input_errors(tmp_path):
+    def error(*argv):
+        with pytest.raises(extract.InputError) as caught:
+            extract.main([str(a) for a in (*argv, tmp_path / "f", *TRY)])
+        assert "\n" not in str(caught.value) and not list((tmp_path / "f").rglob("*.npz"))
+        return str(caught.value)
+
+    (tmp_path / "v/joy").mkdir(parents=True)
+    assert "nowhere" in error(tmp_path / "nowhere") and "no video" in error(tmp_path / "v")
+    (tmp_path / "v/joy/a.mp4").touch()
+    (tmp_path / "v/joy/a.avi").touch()
+    assert "a.avi" in (e := error(tmp_path / "v")) and "a.mp4" in e and "joy/a" in e
+    (tmp_path / "v/joy/a.avi").rename(tmp_path / "v/a.avi")
+    assert "no class folder" in error(tmp_path / "v")
+    (tmp_path / "v/a.avi").unlink()
+    done = shell(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", "--weights", tmp_path, check=2,
+                 env=dict(TORCH_HOME=str(tmp_path / "cache"), http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9"))
+    last = done.stderr.strip().splitlines()[-1]
+    assert "2692d16c.pth" in last and "https://download.openmmlab.com" in last and "--weights DIR" in last
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmark: python test_dfan.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+def literal(net, F_A, F_S, F_O, labels):
+    """The equations step by step, with autograd and no identity: every sum over i and every product where it stands."""
+    cell, (B, T) = net.cell, F_A.shape[:2]
+    FF, H = torch.cat([F_A, F_S], -1), cell.W_p.in_features
+    h1 = c1 = h2 = c2 = F_A.new_zeros(B, H)
+    P, A_T = F_A.new_zeros(B, cell.W_p.out_features), F_A.new_full((B, T), 1 / T)
+    G_T, logits = F_A.new_zeros(B, T), []
+    for t in range(T):
+        h1, c1 = dfan.lstm(cell.S_in(F_O[:, t].mean(1)) + cell.S_h(torch.cat([h2, h1], -1)), c1)
+        A_o = torch.tanh(cell.W_oh(h1) + cell.W_of(F_O[:, t]).squeeze(-1)).softmax(-1)
+        F_o_hat = (F_O[:, t] * A_o.unsqueeze(-1)).sum(1)
+        G_t = torch.tanh(cell.W_Th(h2) + cell.W_Tf(torch.cat([F_o_hat, F_A[:, t], F_S[:, t]], -1)))
+        A_T = torch.cat([G_T[:, :t], G_t, G_T[:, t + 1:]], 1).softmax(1)
+        F_t = (FF * A_T.unsqueeze(-1)).sum(1)
+        h2, c2 = dfan.lstm(cell.T_in(F_t) + cell.T_h(torch.cat([P, h2], -1)), c2)
+        logits.append(cell.W_p(h2))
+        P = logits[-1].softmax(-1)
+        if t > 0:
+            a, b = A_T[:, t - 1:t], A_T[:, t:t + 1]
+            A_T = torch.cat([A_T[:, :t - 1], BETA * a + (1 - BETA) * b, (1 - BETA) * a + BETA * b, A_T[:, t + 1:]], 1)
+        G_T = A_T.log() + (G_T[:, -1:] - A_T[:, -1:].log())        # the glimpse whose softmax A_T is
+    return dfan.loss_fn(torch.stack(logits, 1), labels, torch.full((B,), T))
+
+
+def benchmark(B=16, T=400, H=256, rounds=5):
+    """Forward and backward of the literal equations, of DFAN and of a two-layer nn.LSTM of the same widths, alternating."""
+    torch.manual_seed(0)
+    F_A, F_S, F_O, labels = torch.randn(B, T, 2048), torch.randn(B, T, 365), torch.rand(B, T, 16, 84), torch.randint(0, 6, (B,))
+    net, lstm = dfan.DFAN(2048, 365, 84, H, 6).train(), torch.nn.LSTM(2413, H, 2, batch_first=True)
+    FF, lengths = torch.cat([F_A, F_S], -1), torch.full((B,), T)
+    forms = {"literal": lambda: literal(net, F_A, F_S, F_O, labels),
+             "dfan.py": lambda: dfan.loss_fn(net(F_A, F_S, F_O, lengths)["logits"], labels, lengths),
+             "nn.LSTM": lambda: lstm(FF)[0].sum()}
+    assert abs(forms["literal"]().item() - forms["dfan.py"]().item()) < 1e-5
+    seconds = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            form().backward()
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: float(np.median(v)) for name, v in seconds.items()}
+    print(f"forward + backward, B={B}, T={T}, H={H}, {torch.get_num_threads()} threads, median of {rounds}")
+    for name, value in median.items():
+        print(f"  {name}  {value:6.2f} s   {value / median['dfan.py']:5.2f} x dfan.py")
+    print(f"  literal / dfan.py {median['literal'] / median['dfan.py']:.2f}    dfan.py / nn.LSTM {median['dfan.py'] / median['nn.LSTM']:.2f}")
+
+
+if __name__ == "__main__":
+    benchmark()
