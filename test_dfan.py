@@ -468,33 +468,39 @@ def shell(*argv, cwd=None, env=None, check=None):
 
 
 def test_planted_command_same_seed_twice(tmp_path):
-    first, second = (shell(HERE / "dfan.py", "--epochs", "1", cwd=tmp_path, check=0).stdout for _ in range(2))
-    assert first == second and "SYNTHETIC" in first and "uniform 0.083, limit 0.402" in first
+    argv = [sys.executable, HERE / "dfan.py", "--epochs", "1"]
+    both = [subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (p.communicate()[0] for p in both)
+    assert [p.returncode for p in both] == [0, 0] and first == second and "SYNTHETIC" in first and "uniform 0.083, limit 0.402" in first
     assert "uniform 0.125, limit 0.514" in first and not list(tmp_path.iterdir())
 
 
-def test_torchrun_gives_the_same_numbers(tmp_path):
+def test_torchrun_gives_the_same_numbers(tmp_path, capsys):
     feats = write_feats(tmp_path / "f", n=6)
-    common = [HERE / "dfan.py", "--data", feats, "--dataset", "videoemotion", "--hidden", "4", "--epochs", "2", "--device", "cpu"]
-    alone = shell(*common, "--out", tmp_path / "a", check=0).stdout
-    spread = shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *common, "--out", tmp_path / "b").stdout
+    common = ["--data", str(feats), "--dataset", "videoemotion", "--hidden", "4", "--epochs", "2", "--device", "cpu", "--out"]
+    dfan.main([*common, str(tmp_path / "a")])
+    alone = capsys.readouterr().out
+    spread = shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "dfan.py", *common, tmp_path / "b").stdout
     results = [[line for line in out.splitlines() if line.startswith("result")] for out in (alone, spread)]
     assert len(results[0]) == 12 and results[0] == results[1]
     assert len({line.split("seed")[1].split()[0] for line in results[0][:10]}) == 10
 
 
-def test_errors_are_one_line_and_exit_2(tmp_path):
-    for argv in (["--data", tmp_path / "nowhere"], ["--device", "cuda:99"], ["--data", tmp_path]):
-        done = shell(HERE / "dfan.py", *argv, check=2)
-        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("dfan.py: ")
-    for argv in (["--beta", "2"], ["--lr", "nan"], ["--resume"], ["--dataset", "videoemotion"], ["--seed", "-1"]):
-        assert "error:" in shell(HERE / "dfan.py", *argv, check=2).stderr
+def test_errors_are_one_line_and_exit_2(tmp_path, capsys):
+    for script, argv in (("dfan.py", ["--data", tmp_path / "nowhere"]), ("extract_features.py", [tmp_path / "nowhere", tmp_path])):
+        done = shell(HERE / script, *argv, check=2)
+        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith(f"{script}: {tmp_path / 'nowhere'}")
+    assert "cuda:99" in error_of("--device", "cuda:99")
+    for argv in (["--beta", "2"], ["--lr", "nan"], ["--resume"], ["--dataset", "videoemotion"], ["--seed", "-1"], ["--epochs", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            dfan.main(argv)
+        assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
 
 
 def test_killed_training_resumes_to_the_same_numbers(tmp_path):
     feats = write_feats(tmp_path / "f", n=8)
     common = [sys.executable, HERE / "dfan.py", "--data", feats, "--hidden", "4", "--batch", "4", "--epochs", "12"]
-    whole = subprocess.run([*common, "--out", tmp_path / "a"], capture_output=True, text=True, check=True).stdout
+    undisturbed = subprocess.Popen([*common, "--out", tmp_path / "a"], stdout=subprocess.PIPE, text=True)
     victim = subprocess.Popen([*common, "--out", tmp_path / "b"], stdout=subprocess.PIPE, text=True)
     for line in victim.stdout:
         if "epoch   3/12" in line:
@@ -502,6 +508,7 @@ def test_killed_training_resumes_to_the_same_numbers(tmp_path):
     victim.kill()
     victim.wait()
     resumed = subprocess.run([*common, "--out", tmp_path / "b", "--resume"], capture_output=True, text=True, check=True).stdout
+    whole = undisturbed.communicate()[0]
     assert "resumed after epoch" in resumed
     assert whole[whole.index("result"):] == resumed[resumed.index("result"):]
 
@@ -729,19 +736,21 @@ def test_from_videos_to_accuracy(extracted, tmp_path):
     assert "RANDOM" in trained and "train 4 / validation 2" in trained and "accuracy" in trained
 
 
-def test_rerun_skips_and_settings_are_kept_apart(extracted, tmp_path):
+def test_rerun_skips_and_settings_are_kept_apart(extracted, tmp_path, capsys):
     folder, _ = extracted
     shutil.copytree(folder / "f", tmp_path / "f")
-    again = shell(HERE / "extract_features.py", folder / "v", tmp_path / "f", *TRY, check=0).stdout
-    assert "6 finished before, 0 to do" in again
-    other = shell(HERE / "extract_features.py", folder / "v", tmp_path / "f", *TRY, "--every", "4", check=2)
-    assert "every 8 (now 4)" in other.stderr and "--overwrite" in other.stderr and len(other.stderr.strip().splitlines()) == 1
+    argv = [str(folder / "v"), str(tmp_path / "f"), *TRY]
+    assert extract.main(argv) == 0 and "6 finished before, 0 to do" in capsys.readouterr().out
+    with pytest.raises(extract.InputError, match="every 8 .now 4..*--overwrite"):
+        extract.main([*argv, "--every", "4"])
     broken = tmp_path / "f/joy/clip[1].v1.npz"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:5000])
     (tmp_path / "f/joy/clip[3].v1.npz").unlink()
-    assert "4 finished before, 2 to do" in shell(HERE / "extract_features.py", folder / "v", tmp_path / "f", *TRY, check=0).stdout
+    assert extract.main(argv) == 0 and "4 finished before, 2 to do" in capsys.readouterr().out
     assert broken.read_bytes() == whole, "made again, byte for byte"
+    assert extract.main([*argv, "--overwrite", "--every", "16"]) == 0
+    assert np.load(broken)["frames"].tolist() == [0, 16]
 
 
 def test_killed_extraction_goes_on_to_the_same_files(extracted, tmp_path):
@@ -821,10 +830,10 @@ def literal(net, F_A, F_S, F_O, labels):
     for t in range(T):
         h1, c1 = dfan.lstm(cell.S_in(F_O[:, t].mean(1)) + cell.S_h(torch.cat([h2, h1], -1)), c1)
         A_o = torch.tanh(cell.W_oh(h1) + cell.W_of(F_O[:, t]).squeeze(-1)).softmax(-1)
-        F_o_hat = (F_O[:, t] * A_o.unsqueeze(-1)).sum(1)
+        F_o_hat = torch.bmm(A_o.unsqueeze(1), F_O[:, t]).squeeze(1)
         G_t = torch.tanh(cell.W_Th(h2) + cell.W_Tf(torch.cat([F_o_hat, F_A[:, t], F_S[:, t]], -1)))
         A_T = torch.cat([G_T[:, :t], G_t, G_T[:, t + 1:]], 1).softmax(1)
-        F_t = (FF * A_T.unsqueeze(-1)).sum(1)
+        F_t = torch.bmm(A_T.unsqueeze(1), FF).squeeze(1)
         h2, c2 = dfan.lstm(cell.T_in(F_t) + cell.T_h(torch.cat([P, h2], -1)), c2)
         logits.append(cell.W_p(h2))
         P = logits[-1].softmax(-1)
