@@ -39,6 +39,7 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models import detection, resnet18, resnet50
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
 
 try:
@@ -49,7 +50,7 @@ except ImportError as missing:
     sys.exit(2)
 
 VERSION = 1                                # of the .npz layout
-EVERY, K = 8, 16                           # "one frame is uniformly sampled at every eight frames" (4.1); "K = 16" (3.2.1)
+EVERY, K = 8, 16                           # "one frame [...] at every eight frames" (4.1), "K = 16" (3.2.1)
 SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts"}
 PAIRS, BOUND = 5, 20                       # TSN's flow input: five fields, clipped to +-20 pixels
 
@@ -90,7 +91,7 @@ class VideoError(Exception):
 def find_weights(network, folder):
     """The path of a network's weight file and its SHA-256: from --weights, from torch hub's cache, or downloaded.
 
-    Raises InputError, naming the file, its addresses and --weights, if it cannot be had or its hash is not the published.
+    Raises InputError, naming the file, its addresses and --weights, if it cannot be had or has another hash.
     """
     name, prefix, addresses = FILES[network]
     cache = Path(torch.hub.get_dir(), "checkpoints")
@@ -101,20 +102,21 @@ def find_weights(network, folder):
         for address in addresses:
             try:
                 print(f"download {address + name}", file=sys.stderr)
-                torch.hub.download_url_to_file(address + name, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
+                torch.hub.download_url_to_file(address + name, str(path), prefix, progress=sys.stderr.isatty())
                 break
             except (OSError, RuntimeError) as error:       # no network; wrong hash
                 failures.append(str(error))
         else:
-            raise InputError(f"cannot download {name} ({failures[0]}); get it from {' or '.join(a + name for a in addresses)}"
-                             " by other means and name its folder with --weights DIR")
+            raise InputError(f"cannot download {name} ({failures[0]}); get it from "
+                             f"{' or '.join(a + name for a in addresses)} by other means and name its folder with "
+                             "--weights DIR")
     sha256 = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             sha256.update(block)
     if not sha256.hexdigest().startswith(prefix):
-        raise InputError(f"{path}: its SHA-256 is {sha256.hexdigest()}, not the published {prefix}...; delete it and get it "
-                         f"from {addresses[0] + name}")
+        raise InputError(f"{path}: its SHA-256 is {sha256.hexdigest()}, not the published {prefix}...; delete it and "
+                         f"get it from {addresses[0] + name}")
     return path, sha256.hexdigest()
 
 
@@ -124,8 +126,8 @@ def load_strictly(model, path, rename=lambda key: key):
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict({rename(k): v for k, v in state.get("state_dict", state).items()}, strict=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise InputError(f"{path}: not the weights of this network ({' '.join(str(error).split())[:300]}); delete it and get "
-                         "the published file") from error
+        raise InputError(f"{path}: not the weights of this network ({' '.join(str(error).split())[:300]}); delete it "
+                         "and get the published file") from error
     return model
 
 
@@ -139,7 +141,7 @@ def tsn_key(key):
 
 
 def build_detector(name):
-    """A torchvision Faster R-CNN as its published weights expect it: all but the _v2 were trained with frozen batch norm."""
+    """A torchvision Faster R-CNN as its published weights expect it: all but the _v2 have frozen batch norm."""
     model = getattr(detection, name)(weights=None, weights_backbone=None)
     if not name.endswith("_v2"):
         eps = 0. if name == "fasterrcnn_resnet50_fpn" else 1e-5                   # as torchvision sets it
@@ -173,6 +175,9 @@ class Networks:
                 load_strictly(model, weights[name], rename)
             elif name in DETECTORS:
                 model.roi_heads.score_thresh = 0.                                 # random scores are all about 1/91
+            elif name.startswith("action"):
+                for block in (m for m in model.modules() if isinstance(m, Bottleneck)):
+                    nn.init.constant_(block.bn3.weight, 0.65)                     # features of size 1, not 15
             if name.startswith("action"):
                 model.fc = nn.Identity()                                          # pooled features (N,2048)
             self.models["objects" if name in DETECTORS else name] = model.eval().to(device)
@@ -183,7 +188,8 @@ class Networks:
         def batch(name, mean, std):
             x = torch.from_numpy(np.stack([s[name] for s in samples])).to(self.device)
             x = x.permute(0, 3, 1, 2).float()
-            return (x - torch.tensor(mean, device=self.device).view(-1, 1, 1)) / torch.tensor(std, device=self.device).view(-1, 1, 1)
+            mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (mean, std))
+            return (x - mean) / std
 
         action = self.models["action_rgb"](batch("rgb", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
         if "action_flow" in self.models:
@@ -197,7 +203,7 @@ class Networks:
 def detect(model, frames):
     """F_O of each frame: a Faster R-CNN's own steps, but keeping each box's whole row of probabilities.
 
-    frames: list of (3,H,W) in [0, 1]. Returns (N,K,84): of the K best detections 80 probabilities and the corners / (W, H).
+    frames: list of (3,H,W) in [0, 1]. Returns (N,K,84): 80 probabilities and the corners / (W, H) of the K best boxes.
     """
     images, _ = model.transform(frames)
     features = model.backbone(images.tensors)
@@ -243,17 +249,18 @@ def flow_fields(dis, greys):
 
     A video shorter than six frames repeats its last pair; a single frame does not move.
     """
-    fields = [dis.calc(a, b, None) for a, b in itertools.pairwise(greys)] or [np.zeros((*greys[0].shape, 2), np.float32)]
+    still = np.zeros((*greys[0].shape, 2), np.float32)
+    fields = [dis.calc(a, b, None) for a, b in itertools.pairwise(greys)] or [still]
     fields += fields[-1:] * (PAIRS - len(fields))
     flow = (np.concatenate(fields, -1).clip(-BOUND, BOUND) + BOUND) * (255 / (2 * BOUND))
     return centre_crop(resize_short(np.round(flow).astype(np.uint8), 256))
 
 
 def read_video(path, every, flow):
-    """Yields a dict for one decoded frame in `every`, to the end of the stream (a container's frame count is not believed).
+    """Yields a dict for one decoded frame in `every`, to the end of the stream, whatever the container's frame count.
 
-    number, seconds, fps; frame (H,W,3) uint8 RGB; rgb, scene (224,224,3) uint8; flow (224,224,10) uint8 of the five pairs
-    centred on the frame, shifted inwards at the ends of the video. The last dict is {"end": warning, or ""}.
+    number, seconds, fps; frame (H,W,3) uint8 RGB; rgb, scene (224,224,3) uint8; flow (224,224,10) uint8 of the five
+    pairs centred on the frame, shifted inwards at the ends of the video. The last dict is {"end": warning, or ""}.
     Raises VideoError.
     """
     video = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
@@ -280,16 +287,18 @@ def read_video(path, every, flow):
                 waiting.append(dict(number=number, seconds=seconds, fps=fps, frame=frame,
                                     rgb=centre_crop(resize_short(frame, 256)),
                                     scene=centre_crop(cv2.resize(frame, (256, 256), interpolation=cv2.INTER_AREA))))
-            # the window of frame n is frames n-2 to n+3, from 0 at the earliest: exactly `greys` when its last one is there
+            # the window of frame n is frames n-2 to n+3, from 0 at the earliest: `greys` when its last one is there
             while waiting and (not flow or number >= max(0, waiting[0]["number"] - PAIRS // 2) + PAIRS):
                 yield waiting.popleft() | (dict(flow=flow_fields(dis, greys)) if flow else {})
             number += 1
         for sample in waiting:                                    # shifted inwards: the last six frames
             yield sample | dict(flow=flow_fields(dis, greys))
         if number == 0:
-            codec = int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True).decode("ascii", "replace").strip("\0 ")
-            raise VideoError(f"no frame decodes (codec {codec or 'unknown'}); convert it: ffmpeg -i IN -c:v libx264 OUT.mp4")
-        yield dict(end=f"only {number} of {expected:.0f} frames decode" if 0 < expected < 1e9 and number < 0.95 * expected else "")
+            codec = int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True).decode("ascii", "replace")
+            raise VideoError(f"no frame decodes (codec {codec.strip(chr(0) + ' ') or 'unknown'}); convert it: "
+                             "ffmpeg -i IN -c:v libx264 OUT.mp4")
+        short = 0 < expected < 1e9 and number < 0.95 * expected
+        yield dict(end=f"only {number} of {expected:.0f} frames decode" if short else "")
     except cv2.error as error:
         raise VideoError(f"OpenCV: {' '.join(str(error).split())}") from error
     finally:
@@ -297,7 +306,7 @@ def read_video(path, every, flow):
 
 
 def read_videos(videos, every, flow, batch):
-    """Yields (identity, samples, None) for each batch of frames and (identity, None, outcome) at the end of each video."""
+    """Yields (identity, samples, None) for each batch of frames, (identity, None, outcome) at the end of each video."""
     for identity, path in videos.items():
         outcome = ""
         try:
@@ -357,8 +366,8 @@ def is_finished(path, settings):
         return False                                               # not there, or damaged: made again
     differs = [f"{k} {old.get(k)} (now {settings.get(k)})" for k in settings | old if old.get(k) != settings.get(k)]
     if differs:
-        raise InputError(f"{path}: made with other settings: {'; '.join(differs)}; --overwrite makes it again, another output "
-                         "folder keeps both")
+        raise InputError(f"{path}: made with other settings: {'; '.join(differs)}; --overwrite makes it again, another "
+                         "output folder keeps both")
     return True
 
 
@@ -395,7 +404,7 @@ class Progress:
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("videos", help="folder of <class>/<name>.mp4; split lists (*.txt, *.list) in it are copied along")
+    parser.add_argument("videos", help="folder of <class>/<name>.mp4; its split lists (*.txt, *.list) are copied along")
     parser.add_argument("feats", help="folder for <class>/<name>.npz")
     parser.add_argument("--every", type=int, default=EVERY, help=f"one frame in this many (4.1; default: {EVERY})")
     parser.add_argument("--no-flow", action="store_true", help="F_A of RGB alone")
@@ -420,7 +429,8 @@ def main(argv=None):
     videos, feats = find_videos(args.videos), Path(args.feats)
     names = ["action_rgb", *([] if args.no_flow else ["action_flow"]), "scene", args.detector]
     if args.random_weights:
-        print(f"WARNING  networks with RANDOM weights (seed {args.seed}): these features try the pipeline and mean nothing")
+        print(f"WARNING  networks with RANDOM weights (seed {args.seed}): these features try the pipeline and mean "
+              "nothing")
         weights, files = args.seed, {name: "random" for name in names}
     else:
         found = {name: find_weights(name, args.weights) for name in names}
@@ -442,7 +452,8 @@ def main(argv=None):
     progress, batches, failures = Progress(len(todo)), [], {}
     for identity, samples, outcome in ahead(read_videos(todo, args.every, not args.no_flow, args.batch)):
         if samples:
-            batches.append(networks(samples) | {k: np.array([s[k] for s in samples]) for k in ("number", "seconds", "fps")})
+            batches.append(networks(samples)
+                           | {k: np.array([s[k] for s in samples]) for k in ("number", "seconds", "fps")})
             progress.frames += len(samples)
             progress.show(identity, end=False)
             continue
@@ -459,8 +470,8 @@ def main(argv=None):
                 progress.say(f"WARNING  {videos[identity]}: {outcome}; they are kept")
             progress.show(identity)
         batches = []
-    progress.say(f"{len(todo) - len(failures)} videos extracted, {len(failures)} failed, {progress.frames} frames sampled in "
-                 f"{time.monotonic() - progress.start:.0f} s")
+    progress.say(f"{len(todo) - len(failures)} videos extracted, {len(failures)} failed, {progress.frames} frames "
+                 f"sampled in {time.monotonic() - progress.start:.0f} s")
     for identity, failure in failures.items():
         print(f"failed   {videos[identity]}: {failure}")
     return 1 if failures else 0
@@ -473,5 +484,5 @@ if __name__ == "__main__":
         print(f"extract_features.py: {failure}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nextract_features.py: interrupted; the same command goes on with the videos that are left", file=sys.stderr)
+        print("\nextract_features.py: interrupted; the same command goes on with what is left", file=sys.stderr)
         sys.exit(130)

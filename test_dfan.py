@@ -82,7 +82,7 @@ def oracle(cell, F_A, F_S, F_O, training):
 def make_net(dtype=torch.float64, **kw):
     torch.manual_seed(1)
     net = dfan.DFAN(**dict(d_action=7, d_scene=5, d_object=6, hidden=4, classes=3) | kw).to(dtype)
-    for p in net.parameters():                                    # larger than the default, so that nothing is nearly linear
+    for p in net.parameters():                                    # larger than the default: nothing is nearly linear
         torch.nn.init.normal_(p, std=0.7)
     return net
 
@@ -129,6 +129,29 @@ def test_gradients_against_finite_differences():
             assert abs((up - down) / (2 * step) - p.grad.view(-1)[i].item()) < 1e-7, (name, i)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loops_gradient_is_autograds(training):
+    """Of everything that the network returns, not of the loss alone; autograd goes through DFACell.forward."""
+    net = make_net().train(training)
+    *F, lengths = make_batch([7, 3, 5])
+    valid = (torch.arange(7) < lengths[:, None]).unsqueeze(-1).double()
+    x = net.cell.project(*F, valid)
+    frames = type(x)(**{k: v.unbind(1) for k, v in vars(x).items()})
+    s = net.cell.start(frames, (x.T_in * valid).sum(1))
+    ys = [net.cell(t, frames, s) for t in range(7)]
+    plain = [torch.stack([y.logits for y in ys], 1), torch.stack([y.A_o for y in ys], 1), torch.cat(s.e, -1), s.den]
+    written = dfan.Loop.run(net.cell, x)
+    weights = [torch.randn(v.shape, dtype=v.dtype) for v in plain]
+    grads = []
+    for out in (plain, written):
+        assert all(torch.allclose(a, b) for a, b in zip(out, plain))
+        net.zero_grad()
+        sum((v * w).sum() for v, w in zip(out, weights)).backward(retain_graph=True)
+        grads.append([p.grad.clone() for p in net.parameters()])
+    for (name, _), a, b in zip(net.named_parameters(), *grads):
+        assert (a - b).abs().max() < 1e-12 * (1 + a.abs().max()) and a.abs().max() > 0, name
+
+
 def test_gradients_reach_every_parameter_and_the_features():
     net = make_net().train()
     *F, lengths = make_batch([6, 4])
@@ -170,7 +193,7 @@ def test_scrambler_trains_only_and_beta_one_is_off():
     off = make_net(beta=1.0).train()(*F)["A_T"]
     assert torch.allclose(off, still)
     one = [v[:, :1] for v in F]
-    assert torch.equal(net.train()(*one)["A_T"], torch.ones(1, 1, dtype=torch.float64)), "nothing to mix at the first frame"
+    assert torch.equal(net.train()(*one)["A_T"], torch.ones(1, 1, dtype=torch.float64)), "nothing to mix at frame 0"
 
 
 def test_lstm_is_pytorchs():
@@ -183,15 +206,15 @@ def test_lstm_is_pytorchs():
                                  (ours.weight_hh, h_half.weight[:, -4:]), (ours.bias_hh, h_half.bias)):
                 theirs.copy_(mine)
         other = torch.zeros(2, h_half.in_features - 4, dtype=torch.float64)
-        got = dfan.lstm(in_half(x) + h_half(torch.cat([other, h], -1)), c)
+        got = dfan.lstm(in_half(x) + h_half(torch.cat([other, h], -1)), c)[:2]
         assert all(torch.allclose(a, b) for a, b in zip(got, ours(x, (h, c))))
 
 
 def test_parameters_have_the_papers_names_and_widths():
     net = dfan.DFAN(2048, 365, 84, 256, 6)
     shapes = {name: tuple(p.weight.shape) for name, p in net.cell.named_children()}
-    assert shapes == dict(W_oh=(1, 256), W_of=(1, 84), S_in=(1024, 84), S_h=(1024, 512), W_p=(6, 256), T_in=(1024, 2413),
-                          T_h=(1024, 262), W_Th=(1, 256), W_Tf=(1, 2497))
+    assert shapes == dict(W_oh=(1, 256), W_of=(1, 84), S_in=(1024, 84), S_h=(1024, 512), W_p=(6, 256),
+                          T_in=(1024, 2413), T_h=(1024, 262), W_Th=(1, 256), W_Tf=(1, 2497))
     assert net.cell.beta == 0.6
 
 
@@ -253,8 +276,9 @@ def write_feats(folder, classes=("anger", "joy"), n=4, K=3, seed=0, stems=None):
         for i in range(n):
             T = int(rng.integers(3, 15))
             stem = stems[i] if stems else f"{name}_{i}"
-            np.savez(folder / name / f"{stem}.npz", action=(rng.standard_normal((T, 7)) + 2 * np.eye(7)[c]).astype(np.float16),
-                     scene=rng.standard_normal((T, 5)).astype(np.float16), objects=rng.random((T, K, 6)).astype(np.float16))
+            F = dict(action=rng.standard_normal((T, 7)) + 2 * np.eye(7)[c], scene=rng.standard_normal((T, 5)),
+                     objects=rng.random((T, K, 6)))
+            np.savez(folder / name / f"{stem}.npz", **{k: v.astype(np.float16) for k, v in F.items()})
             ids.append(f"{name}/{stem}")
     (folder / "trainlist01.txt").write_text("".join(f"{i} 1\n" for i in ids[::2]))
     (folder / "testlist01.txt").write_text("".join(f"{i} 1\n" for i in ids[1::2]))
@@ -275,8 +299,9 @@ def error_of(*argv):
 
 LISTS = {
     "plain": "anger/a 1\njoy/b 2\n", "no label": "anger/a\njoy/b\n", "no last newline": "anger/a 1\njoy/b 2",
-    "CRLF": "anger/a 1\r\njoy/b 2\r\n", "labels from 0": "anger/a 0\njoy/b 1\n", "extension": "anger/a.mp4 1\njoy/b.npz\n",
-    "BOM": "\ufeffanger/a 1\njoy/b 2\n", "bare stems": "a 1\nb\n", "blank lines, twice": "\nanger/a 1\n\njoy/b 2\nanger/a 1\n",
+    "CRLF": "anger/a 1\r\njoy/b 2\r\n", "labels from 0": "anger/a 0\njoy/b 1\n",
+    "extension": "anger/a.mp4 1\njoy/b.npz\n", "BOM": "\ufeffanger/a 1\njoy/b 2\n", "bare stems": "a 1\nb\n",
+    "blank lines, twice": "\nanger/a 1\n\njoy/b 2\nanger/a 1\n",
     "tabs": "anger/a\t1\njoy/b\t2\n", "wrong label": "anger/a 2\njoy/b 1\n"}
 
 
@@ -294,7 +319,8 @@ def test_awkward_names(tmp_path):
         (tmp_path / "list.txt").write_text(line)
         assert dfan.read_list(tmp_path / "list.txt", ids) == ([expected], []), line
     (tmp_path / "list.txt").write_text("anger/v1.7 1\nanger/it's\nsadness/v1 5\n")
-    assert dfan.read_list(tmp_path / "list.txt", ids) == ([], ["anger/v1.7", "anger/it's", "sadness/v1"]), "never another video"
+    never_another = ([], ["anger/v1.7", "anger/it's", "sadness/v1"])
+    assert dfan.read_list(tmp_path / "list.txt", ids) == never_another
 
 
 def test_list_errors(tmp_path):
@@ -304,12 +330,12 @@ def test_list_errors(tmp_path):
     (tmp_path / "bad.txt").write_text("")
     assert "empty" in error_of("--data", feats, "--split", tmp_path / "bad.txt", feats / "testlist01.txt")
     (tmp_path / "bad.txt").write_text("anger/1\nanger/9 1\njoy/1\n")
-    assert "1 listed videos" in (e := error_of("--data", feats, "--split", tmp_path / "bad.txt", feats / "testlist01.txt"))
-    assert "anger/9" in e and "--allow-missing" in e
+    e = error_of("--data", feats, "--split", tmp_path / "bad.txt", feats / "testlist01.txt")
+    assert "1 listed videos" in e and "anger/9" in e and "--allow-missing" in e
     assert "in both" in error_of("--data", feats, "--split", feats / "testlist01.txt", feats / "testlist01.txt")
     (tmp_path / "bad.txt").write_text("anger/1\nanger/9")
-    assert "no video of class joy" in error_of("--data", feats, "--split", tmp_path / "bad.txt", feats / "testlist01.txt",
-                                               "--allow-missing")
+    e = error_of("--data", feats, "--split", tmp_path / "bad.txt", feats / "testlist01.txt", "--allow-missing")
+    assert "no video of class joy" in e
     assert "pairs" in error_of("--data", feats, "--split", feats / "testlist01.txt")
     assert "nowhere.txt" in error_of("--data", feats, "--split", tmp_path / "nowhere.txt", feats / "testlist01.txt")
     (feats / "trainlist01.txt").unlink()
@@ -365,7 +391,8 @@ def test_bad_features_name_the_file(tmp_path):
     feats = write_feats(tmp_path / "f")
     good = dict(np.load(feats / "joy/joy_0.npz"))
     bad = feats / "joy/joy_0.npz"
-    for change, word in ((dict(scene=good["scene"] * np.float16(np.nan)), "NaN"), (dict(scene=good["scene"][1:]), "disagree"),
+    for change, word in ((dict(scene=good["scene"] * np.float16(np.nan)), "NaN"),
+                         (dict(scene=good["scene"][1:]), "disagree"),
                          (dict(action=good["action"] + np.float16(np.inf)), "infinity"),
                          (dict(objects=np.array([{}, 1], object)), "plain .npz"),
                          (dict(action=good["action"][:, :3]), "widths")):
@@ -431,7 +458,8 @@ def test_resume_is_the_uninterrupted_run(tmp_path, capsys):
 
 def test_last_epoch_is_reported_not_the_best(tmp_path, capsys):
     feats = write_feats(tmp_path / "f", n=8)
-    dfan.main(["--data", str(feats), "--hidden", "4", "--batch", "4", "--epochs", "6", "--lr", "0.3", "--out", str(tmp_path / "o")])
+    dfan.main(["--data", str(feats), "--hidden", "4", "--batch", "4", "--epochs", "6", "--lr", "0.3",
+               "--out", str(tmp_path / "o")])
     out = capsys.readouterr().out
     last = [line for line in out.splitlines() if "epoch   6/6" in line][0].split("accuracy ")[1].split()[0]
     assert f"accuracy {last}" in [line for line in out.splitlines() if line.startswith("result")][0]
@@ -460,7 +488,8 @@ def test_planted_set_is_what_it_says():
 # ----------------------------------------------------------------------------------------------------------------------
 
 def shell(*argv, cwd=None, env=None, check=None):
-    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=cwd, env=os.environ | (env or {}))
+    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | (env or {}))
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -471,27 +500,32 @@ def test_planted_command_same_seed_twice(tmp_path):
     argv = [sys.executable, HERE / "dfan.py", "--epochs", "1"]
     both = [subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     first, second = (p.communicate()[0] for p in both)
-    assert [p.returncode for p in both] == [0, 0] and first == second and "SYNTHETIC" in first and "uniform 0.083, limit 0.402" in first
+    assert [p.returncode for p in both] == [0, 0] and first == second
+    assert "SYNTHETIC" in first and "uniform 0.083, limit 0.402" in first
     assert "uniform 0.125, limit 0.514" in first and not list(tmp_path.iterdir())
 
 
 def test_torchrun_gives_the_same_numbers(tmp_path, capsys):
     feats = write_feats(tmp_path / "f", n=6)
-    common = ["--data", str(feats), "--dataset", "videoemotion", "--hidden", "4", "--epochs", "2", "--device", "cpu", "--out"]
+    common = ["--data", str(feats), "--dataset", "videoemotion", "--hidden", "4", "--epochs", "2", "--device", "cpu",
+              "--out"]
     dfan.main([*common, str(tmp_path / "a")])
     alone = capsys.readouterr().out
-    spread = shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "dfan.py", *common, tmp_path / "b").stdout
+    spread = shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "dfan.py", *common,
+                   tmp_path / "b").stdout
     results = [[line for line in out.splitlines() if line.startswith("result")] for out in (alone, spread)]
     assert len(results[0]) == 12 and results[0] == results[1]
     assert len({line.split("seed")[1].split()[0] for line in results[0][:10]}) == 10
 
 
 def test_errors_are_one_line_and_exit_2(tmp_path, capsys):
-    for script, argv in (("dfan.py", ["--data", tmp_path / "nowhere"]), ("extract_features.py", [tmp_path / "nowhere", tmp_path])):
+    nowhere = tmp_path / "nowhere"
+    for script, argv in (("dfan.py", ["--data", nowhere]), ("extract_features.py", [nowhere, tmp_path])):
         done = shell(HERE / script, *argv, check=2)
-        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith(f"{script}: {tmp_path / 'nowhere'}")
+        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith(f"{script}: {nowhere}")
     assert "cuda:99" in error_of("--device", "cuda:99")
-    for argv in (["--beta", "2"], ["--lr", "nan"], ["--resume"], ["--dataset", "videoemotion"], ["--seed", "-1"], ["--epochs", "0"]):
+    for argv in (["--beta", "2"], ["--lr", "nan"], ["--resume"], ["--dataset", "videoemotion"], ["--seed", "-1"],
+                 ["--epochs", "0"]):
         with pytest.raises(SystemExit) as stop:
             dfan.main(argv)
         assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
@@ -507,7 +541,7 @@ def test_killed_training_resumes_to_the_same_numbers(tmp_path):
             break
     victim.kill()
     victim.wait()
-    resumed = subprocess.run([*common, "--out", tmp_path / "b", "--resume"], capture_output=True, text=True, check=True).stdout
+    resumed = shell(*common[1:], "--out", tmp_path / "b", "--resume", check=0).stdout
     whole = undisturbed.communicate()[0]
     assert "resumed after epoch" in resumed
     assert whole[whole.index("result"):] == resumed[resumed.index("result"):]
@@ -638,15 +672,17 @@ def published(tmp_path_factory):
     """A --weights folder whose files have the published layouts (not values), and their hashes in FILES."""
     folder, old = tmp_path_factory.mktemp("weights"), dict(extract.FILES)
     torch.manual_seed(7)
-    models = dict(action_rgb=torchvision.models.resnet50(num_classes=400), action_flow=torchvision.models.resnet50(num_classes=400),
-                  scene=torchvision.models.resnet18(num_classes=365))
+    resnet18, resnet50 = torchvision.models.resnet18, torchvision.models.resnet50
+    models = dict(action_rgb=resnet50(num_classes=400), action_flow=resnet50(num_classes=400),
+                  scene=resnet18(num_classes=365))
     models["action_flow"].conv1 = torch.nn.Conv2d(10, 64, 7, stride=2, padding=3, bias=False)
     for name, model in models.items():
         rename = (lambda k: "module." + k) if name == "scene" else as_mmaction2
         torch.save(dict(state_dict={rename(k): v for k, v in model.state_dict().items()}, meta=dict(epoch=1)),
                    folder / old[name][0])
     detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
-    torch.save({k: v for k, v in detector.state_dict().items() if not k.endswith("num_batches_tracked")}, folder / old[SMALL][0])
+    torch.save({k: v for k, v in detector.state_dict().items() if not k.endswith("num_batches_tracked")},
+               folder / old[SMALL][0])
     for name in (*models, SMALL):
         sha256 = hashlib.sha256((folder / old[name][0]).read_bytes()).hexdigest()
         extract.FILES[name] = (old[name][0], sha256[:8], old[name][2])
@@ -657,7 +693,7 @@ def published(tmp_path_factory):
 def test_published_layouts_load_strictly_and_features_are_theirs(tmp_path, published):
     folder, models = published
     write_video(tmp_path / "v/joy/a.mp4", 20)
-    assert extract.main([str(tmp_path / "v"), str(tmp_path / "f"), "--weights", str(folder), "--detector", SMALL, "--device", "cpu"]) == 0
+    assert extract.main([str(tmp_path / "v"), str(tmp_path / "f"), "--weights", str(folder), *TRY[1:]]) == 0
     f = np.load(tmp_path / "f/joy/a.npz")
     samples, _ = samples_of(tmp_path / "v/joy/a.mp4")
     assert f["frames"].tolist() == [0, 8, 16] and f["action"].dtype == np.float16
@@ -685,7 +721,7 @@ def test_weights_errors(tmp_path, published, monkeypatch):
     write_video(tmp_path / "v/joy/a.mp4", 9)
     for name in os.listdir(folder):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    argv = [str(tmp_path / "v"), str(tmp_path / "f"), "--weights", str(tmp_path), "--detector", SMALL, "--device", "cpu"]
+    argv = [str(tmp_path / "v"), str(tmp_path / "f"), "--weights", str(tmp_path), *TRY[1:]]
     name, prefix, addresses = extract.FILES["scene"]
     with open(tmp_path / name, "ab") as f:
         f.write(b"x")
@@ -696,14 +732,15 @@ def test_weights_errors(tmp_path, published, monkeypatch):
         state = dict(partial["state_dict"])
         state.pop("module.conv1.weight") if change == "missing" else state.update({"module.more": torch.ones(1)})
         torch.save(dict(state_dict=state), tmp_path / name)
-        monkeypatch.setitem(extract.FILES, "scene", (name, hashlib.sha256((tmp_path / name).read_bytes()).hexdigest(), addresses))
+        sha256 = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        monkeypatch.setitem(extract.FILES, "scene", (name, sha256, addresses))
         with pytest.raises(extract.InputError, match="not the weights"):
             extract.main(argv)
     assert not list((tmp_path / "f").glob("*/*.npz"))
 
 
 def test_every_detector_builds_with_its_published_layout():
-    """Frozen batch norm has no counter, plain batch norm has one: the published files of the two kinds differ in that."""
+    """Frozen batch norm has no counter, plain batch norm has one: the published files differ in that."""
     for name in extract.DETECTORS:
         keys = extract.build_detector(name).state_dict().keys()
         assert any(k.endswith("num_batches_tracked") for k in keys) == name.endswith("_v2"), name
@@ -728,11 +765,12 @@ def test_from_videos_to_accuracy(extracted, tmp_path):
     f = np.load(folder / "f/joy/clip[5].v1.npz", allow_pickle=False)
     T = len(range(0, 55, 8))
     assert {k: (f[k].shape, f[k].dtype.kind) for k in f.files} == dict(
-        action=((T, 2048), "f"), scene=((T, 365), "f"), objects=((T, 16, 84), "f"), frames=((T,), "i"), seconds=((T,), "f"),
-        fps=((), "f"), settings=((), "U"))
+        action=((T, 2048), "f"), scene=((T, 365), "f"), objects=((T, 16, 84), "f"), frames=((T,), "i"),
+        seconds=((T,), "f"), fps=((), "f"), settings=((), "U"))
     scores = f["objects"][..., :80].max(-1)
     assert (np.diff(scores, axis=1) <= 2e-3).all() and scores[:, 0].min() > 0, "the most probable first"
-    trained = shell(HERE / "dfan.py", "--data", folder / "f", "--epochs", "2", "--hidden", "8", "--out", tmp_path, "--device", "cpu", check=0).stdout
+    trained = shell(HERE / "dfan.py", "--data", folder / "f", "--epochs", "2", "--hidden", "8", "--out", tmp_path,
+                    "--device", "cpu", check=0).stdout
     assert "RANDOM" in trained and "train 4 / validation 2" in trained and "accuracy" in trained
 
 
@@ -811,7 +849,8 @@ def test_extraction_input_errors(tmp_path):
     assert "no class folder" in error(tmp_path / "v")
     (tmp_path / "v/a.avi").unlink()
     done = shell(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", "--weights", tmp_path, check=2,
-                 env=dict(TORCH_HOME=str(tmp_path / "cache"), http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9"))
+                 env=dict(TORCH_HOME=str(tmp_path / "cache"), http_proxy="http://127.0.0.1:9",
+                          https_proxy="http://127.0.0.1:9"))
     last = done.stderr.strip().splitlines()[-1]
     assert "2692d16c.pth" in last and "https://download.openmmlab.com" in last and "--weights DIR" in last
 
@@ -828,13 +867,13 @@ def literal(net, F_A, F_S, F_O, labels):
     P, A_T = F_A.new_zeros(B, cell.W_p.out_features), F_A.new_full((B, T), 1 / T)
     G_T, logits = F_A.new_zeros(B, T), []
     for t in range(T):
-        h1, c1 = dfan.lstm(cell.S_in(F_O[:, t].mean(1)) + cell.S_h(torch.cat([h2, h1], -1)), c1)
+        h1, c1, _ = dfan.lstm(cell.S_in(F_O[:, t].mean(1)) + cell.S_h(torch.cat([h2, h1], -1)), c1)
         A_o = torch.tanh(cell.W_oh(h1) + cell.W_of(F_O[:, t]).squeeze(-1)).softmax(-1)
         F_o_hat = torch.bmm(A_o.unsqueeze(1), F_O[:, t]).squeeze(1)
         G_t = torch.tanh(cell.W_Th(h2) + cell.W_Tf(torch.cat([F_o_hat, F_A[:, t], F_S[:, t]], -1)))
         A_T = torch.cat([G_T[:, :t], G_t, G_T[:, t + 1:]], 1).softmax(1)
         F_t = torch.bmm(A_T.unsqueeze(1), FF).squeeze(1)
-        h2, c2 = dfan.lstm(cell.T_in(F_t) + cell.T_h(torch.cat([P, h2], -1)), c2)
+        h2, c2, _ = dfan.lstm(cell.T_in(F_t) + cell.T_h(torch.cat([P, h2], -1)), c2)
         logits.append(cell.W_p(h2))
         P = logits[-1].softmax(-1)
         if t > 0:
@@ -845,9 +884,10 @@ def literal(net, F_A, F_S, F_O, labels):
 
 
 def benchmark(B=16, T=400, H=256, rounds=5):
-    """Forward and backward of the literal equations, of DFAN and of a two-layer nn.LSTM of the same widths, alternating."""
+    """Forward and backward of the literal equations, of DFAN and of a two-layer nn.LSTM, alternating."""
     torch.manual_seed(0)
-    F_A, F_S, F_O, labels = torch.randn(B, T, 2048), torch.randn(B, T, 365), torch.rand(B, T, 16, 84), torch.randint(0, 6, (B,))
+    F_A, F_S, F_O = torch.randn(B, T, 2048), torch.randn(B, T, 365), torch.rand(B, T, 16, 84)
+    labels = torch.randint(0, 6, (B,))
     net, lstm = dfan.DFAN(2048, 365, 84, H, 6).train(), torch.nn.LSTM(2413, H, 2, batch_first=True)
     FF, lengths = torch.cat([F_A, F_S], -1), torch.full((B,), T)
     forms = {"literal": lambda: literal(net, F_A, F_S, F_O, labels),
@@ -864,7 +904,8 @@ def benchmark(B=16, T=400, H=256, rounds=5):
     print(f"forward + backward, B={B}, T={T}, H={H}, {torch.get_num_threads()} threads, median of {rounds}")
     for name, value in median.items():
         print(f"  {name}  {value:6.2f} s   {value / median['dfan.py']:5.2f} x dfan.py")
-    print(f"  literal / dfan.py {median['literal'] / median['dfan.py']:.2f}    dfan.py / nn.LSTM {median['dfan.py'] / median['nn.LSTM']:.2f}")
+    print(f"  literal / dfan.py {median['literal'] / median['dfan.py']:.2f}    "
+          f"dfan.py / nn.LSTM {median['dfan.py'] / median['nn.LSTM']:.2f}")
 
 
 if __name__ == "__main__":
