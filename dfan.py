@@ -131,7 +131,7 @@ class DFACell(nn.Module):
 
         Returns a namespace: logits (B,C), the input of softmax (5), A_o (B,K), and what the gradient needs.
         """
-        y = types.SimpleNamespace()
+        y = types.SimpleNamespace(mix=None)
         # --- Frame Objects Focus (3.2.1)
         y.h2h1 = torch.cat([s.h2, s.h1], -1)
         s.h1, s.c1, y.S = lstm(x.S_in[t] + self.S_h(y.h2h1), s.c1)                       # (4)   (B,H)  [R1]
@@ -210,7 +210,7 @@ class Loop(torch.autograd.Function):
         dh1, dc1, dh2, dc2 = (zeros(ys[0].h1) for _ in range(4))
         dP, dnum = zeros(ys[0].P), zeros(ys[0].F_t)
         for t, y in reversed(list(enumerate(ys))):
-            if cell.training and t > 0:                                                  # (10)
+            if y.mix is not None:                                                        # (10)
                 dmix = (dnum * (x.T_in[t - 1] - x.T_in[t])).sum(-1, keepdim=True) + de[t - 1] - de[t]
                 dmix = dmix * (1 - cell.beta) * x.valid[t]
                 de[t - 1], de[t] = de[t - 1] - dmix, de[t] + dmix
@@ -255,8 +255,8 @@ class DFAN(nn.Module):
     def forward(self, F_A, F_S, F_O, lengths=None):
         """F_A (B,T,d_action), F_S (B,T,d_scene), F_O (B,T,K,d_object), lengths (B,) frames of each video, T if None.
 
-        An object whose features are all zero is not there [R3]. Frames from a video's length on are padding: they
-        change nothing, and hold zeros in what is returned, a dict of
+        An object whose features are all zero is not there [R3]. Frames from a video's length on are padding: whatever
+        numbers they hold change nothing; they are zeros in what is returned, a dict of
             logits (B,T,C)   before the softmax of (5): what the loss takes
             P      (B,T,C)   P_t (5)
             A_T    (B,T)     the time attention (8) as it stands after the video's last frame
