@@ -47,6 +47,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from torch import nn
 
 BETA = 0.6                                # "we empirically set beta = 0.6" (3.2.2)
+FEATURES = ("action", "scene", "objects")  # F_A, F_S, F_O (3.1)
 LAST_FRAMES = 10                          # "we count the predictions of the last ten frames" (4.1)
 PAPER_COUNTS = {"ekman": (819, 818)}      # training and validation videos (4.1)
 NOT_IN_THE_PAPER = dict(hidden=256, lr=1e-3, batch=16, epochs=30, clip=1.0)      # chosen here; the optimizer is Adam
@@ -71,6 +72,16 @@ def lstm(gates, c):
     c_new = f * c + i * g
     tanh_c = c_new.tanh()
     return o * tanh_c, c_new, (i, f, g, o, tanh_c, c)
+
+
+def objects_there(F_O):
+    """Which objects are there: (...,K,84) -> (...,K) bool; a missing one is all zero [R3]."""
+    return (F_O != 0).any(-1)
+
+
+def mean_object(F_O):
+    """F_O_bar, the mean over the objects that are there, zero if none is [R3]: (...,K,84) -> (...,84)."""
+    return F_O.sum(-2) / objects_there(F_O).sum(-1, keepdim=True).clamp(min=1)
 
 
 class DFACell(nn.Module):
@@ -105,8 +116,7 @@ class DFACell(nn.Module):
             W_A, W_S = W.split([F_A.shape[-1], F_S.shape[-1]], -1)
             return nn.functional.linear(F_A, W_A, bias).add_(F_S @ W_S.T)
 
-        there = (F_O != 0).any(-1)                                                       # (B,T,K)  [R3]
-        F_O_bar = F_O.sum(2) / there.sum(2, keepdim=True).clamp(min=1)                   # (B,T,84) mean of those there
+        there, F_O_bar = objects_there(F_O), mean_object(F_O)                            # (B,T,K), (B,T,84)
         W_Tf_object, W_Tf_FF = self.W_Tf.weight.split([self.d_object, F_A.shape[-1] + F_S.shape[-1]], -1)
         return types.SimpleNamespace(
             S_in=self.S_in(F_O_bar),                                                     # (4)  (B,T,4H)
@@ -114,7 +124,7 @@ class DFACell(nn.Module):
             W_Tf_object=F_O @ W_Tf_object[0],                                            # (1) in (9)  (B,T,K)
             W_Tf_FF=on_FF(W_Tf_FF, self.W_Tf.bias),                                      # (9)  (B,T,1)
             T_in=on_FF(self.T_in.weight, self.T_in.bias),                                # (7)  (B,T,4H)
-            valid=valid, there=there, absent=torch.where(there, 0., -1e4))               # (2)  exp(-1e4) = 0
+            valid=valid, absent=torch.where(there, 0., -1e4))                            # (2)  exp(-1e4) = 0
 
     def start(self, x, sum_T_in):
         """The state before frame 0: zeros, P_0 = 0 [R4] and G_T = 0, that is, uniform attention over the video [R5].
@@ -126,18 +136,21 @@ class DFACell(nn.Module):
             h1=zeros(B, self.H), c1=zeros(B, self.H), h2=zeros(B, self.H), c2=zeros(B, self.H), P=zeros(B, self.C),
             e=list(x.valid), num=sum_T_in, den=sum(x.valid))
 
+    def objects_focus(self, t, x, s, y):
+        """Frame Objects Focus (3.2.1) at frame t; arguments as in `forward`. Returns F_o_hat, W_Tf applied (B,1)."""
+        y.h2h1 = torch.cat([s.h2, s.h1], -1)
+        s.h1, s.c1, y.S = lstm(x.S_in[t] + self.S_h(y.h2h1), s.c1)                       # (4)   (B,H)  [R1]
+        y.G_o = torch.tanh(self.W_oh(s.h1) + x.W_of[t])                                  # (3)   (B,K)  [R2]
+        y.A_o = torch.softmax(y.G_o + x.absent[t], -1)                                   # (2)   (B,K)  [R3]
+        return (x.W_Tf_object[t] * y.A_o).sum(-1, keepdim=True)                          # (1)   (B,1)  W_Tf applied
+
     def forward(self, t, x, s):
         """Frame t. x: what `project` returns, each entry a tuple over t; s: the state, changed to that after frame t.
 
         Returns a namespace: logits (B,C), the input of softmax (5), A_o (B,K), and what the gradient needs.
         """
         y = types.SimpleNamespace(mix=None)
-        # --- Frame Objects Focus (3.2.1)
-        y.h2h1 = torch.cat([s.h2, s.h1], -1)
-        s.h1, s.c1, y.S = lstm(x.S_in[t] + self.S_h(y.h2h1), s.c1)                       # (4)   (B,H)  [R1]
-        y.G_o = torch.tanh(self.W_oh(s.h1) + x.W_of[t])                                  # (3)   (B,K)  [R2]
-        y.A_o = torch.softmax(y.G_o + x.absent[t], -1)                                   # (2)   (B,K)  [R3]
-        F_o_hat = (x.W_Tf_object[t] * y.A_o).sum(-1, keepdim=True)                       # (1)   (B,1)  W_Tf applied
+        F_o_hat = self.objects_focus(t, x, s, y)
         # --- Time Series Focus (3.2.2)
         y.G_t = torch.tanh(self.W_Th(s.h2) + F_o_hat + x.W_Tf_FF[t])                     # (9)   (B,1)  entry t [R5]
         y.e_t = y.G_t.exp() * x.valid[t]                                                 # (8)   A_Tt = e_t / den
@@ -156,6 +169,20 @@ class DFACell(nn.Module):
             s.e[t - 1], s.e[t] = s.e[t - 1] + y.mix, s.e[t] - y.mix                      # (10)  at once [R6]
             s.num = s.num + y.mix * (x.T_in[t - 1] - x.T_in[t])                          # (10)  in (7)
         return y
+
+
+def unroll(cell, x, ys=None):
+    """The cell over all frames. x: what `project` returns; its entries become tuples over t.
+
+    Returns logits (B,T,C), A_o (B,T,K) and, after the last frame, e (B,T), den (B,1); ys gets what each frame returns.
+    """
+    ys = [] if ys is None else ys
+    sum_T_in = (x.valid.transpose(1, 2) @ x.T_in).squeeze(1)
+    for name, value in vars(x).items():
+        setattr(x, name, value.unbind(1))                 # once: the gradient of x[:, t] would fill a full-size tensor
+    s = cell.start(x, sum_T_in)
+    ys.extend(cell(t, x, s) for t in range(len(x.valid)))
+    return torch.stack([y.logits for y in ys], 1), torch.stack([y.A_o for y in ys], 1), torch.cat(s.e, -1), s.den
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,20 +212,17 @@ class Loop(torch.autograd.Function):
 
     @staticmethod
     def run(cell, x):
-        """x: what `project` returns. Returns logits (B,T,C), A_o (B,T,K) and, at the end, e (B,T), den (B,1)."""
+        """The same as `unroll`."""
         return Loop.apply(cell, x.valid, x.absent, x.S_in, x.W_of, x.W_Tf_object, x.W_Tf_FF, x.T_in,
                           cell.S_h.weight, cell.S_h.bias, cell.T_h.weight, cell.T_h.bias, cell.W_oh.weight,
                           cell.W_Th.weight, cell.W_p.weight, cell.W_p.bias)
 
     @staticmethod
     def forward(ctx, cell, valid, absent, S_in, W_of, W_Tf_object, W_Tf_FF, T_in, *_):
-        x = types.SimpleNamespace(
-            valid=valid.unbind(1), absent=absent.unbind(1), S_in=S_in.unbind(1), W_of=W_of.unbind(1),
-            W_Tf_object=W_Tf_object.unbind(1), W_Tf_FF=W_Tf_FF.unbind(1), T_in=T_in.unbind(1))
-        s = cell.start(x, (valid.transpose(1, 2) @ T_in).squeeze(1))
-        ys = [cell(t, x, s) for t in range(len(x.valid))]
-        ctx.cell, ctx.x, ctx.ys, ctx.valid = cell, x, ys, valid
-        return torch.stack([y.logits for y in ys], 1), torch.stack([y.A_o for y in ys], 1), torch.cat(s.e, -1), s.den
+        ctx.cell, ctx.valid, ctx.ys = cell, valid, []
+        ctx.x = types.SimpleNamespace(valid=valid, absent=absent, S_in=S_in, W_of=W_of, W_Tf_object=W_Tf_object,
+                                      W_Tf_FF=W_Tf_FF, T_in=T_in)
+        return unroll(cell, ctx.x, ctx.ys)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -248,9 +272,11 @@ class DFAN(nn.Module):
     and beta of (10).
     """
 
+    Cell, unroll = DFACell, staticmethod(Loop.run)
+
     def __init__(self, d_action, d_scene, d_object, hidden, classes, beta=BETA):
         super().__init__()
-        self.cell = DFACell(d_action, d_scene, d_object, hidden, classes, beta)
+        self.cell = self.Cell(d_action, d_scene, d_object, hidden, classes, beta)
 
     def forward(self, F_A, F_S, F_O, lengths=None):
         """F_A (B,T,d_action), F_S (B,T,d_scene), F_O (B,T,K,d_object), lengths (B,) frames of each video, T if None.
@@ -266,9 +292,70 @@ class DFAN(nn.Module):
         lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=F_A.device)
         valid = (torch.arange(T, device=F_A.device) < lengths[:, None]).unsqueeze(-1)    # (B,T,1)
         x = self.cell.project(F_A, F_S, F_O, valid.to(F_A.dtype))
-        logits, A_o, e, den = Loop.run(self.cell, x)
+        logits, A_o, e, den = self.unroll(self.cell, x)
         logits = logits * valid
-        return dict(logits=logits, P=torch.softmax(logits, -1) * valid, A_T=e / den, A_o=A_o * (x.there & valid))
+        return dict(logits=logits, P=torch.softmax(logits, -1) * valid, A_T=e / den,
+                    A_o=A_o * (objects_there(F_O) & valid))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The models that Tables 1 and 2 compare with; arguments and results as DFAN's
+# ----------------------------------------------------------------------------------------------------------------------
+
+def uniform_attention(there, like):
+    """The same weight for each object that is there (...,K), in the type of `like`."""
+    return there.to(like.dtype) / there.sum(-1, keepdim=True).clamp(min=1)
+
+
+class TimeFocusCell(DFACell):
+    """T.Focus alone: F_o_hat := F_O_bar and no LSTM.S [R9]."""
+
+    def __init__(self, d_action, d_scene, d_object, hidden, classes, beta=BETA):
+        super().__init__(d_action, d_scene, max(1, d_object), hidden, classes, beta)
+        del self.W_oh, self.W_of, self.S_in, self.S_h
+        self.d_object, self.W_Tf = d_object, nn.Linear(d_object + d_action + d_scene, 1)        # d_object 0: no objects
+
+    def project(self, F_A, F_S, F_O, valid):
+        W_Tf_object, W_Tf_FF = self.W_Tf.weight.split([self.d_object, F_A.shape[-1] + F_S.shape[-1]], -1)
+        FF = torch.cat([F_A, F_S], -1)
+        return types.SimpleNamespace(
+            W_Tf_object=mean_object(F_O) @ W_Tf_object.T, W_Tf_FF=FF @ W_Tf_FF.T + self.W_Tf.bias,      # (9)  (B,T,1)
+            T_in=self.T_in(FF), valid=valid, A_o=uniform_attention(objects_there(F_O), F_O))
+
+    def objects_focus(self, t, x, s, y):
+        y.A_o = x.A_o[t]
+        return x.W_Tf_object[t]
+
+
+class TimeFocus(DFAN):
+    Cell, unroll = TimeFocusCell, staticmethod(unroll)
+
+
+class Pooling(nn.Module):
+    """Ten uniformly sampled frames of FF, their maximum or mean, a linear softmax [R11]. how: "max" or "avg"."""
+
+    def __init__(self, how, d_action, d_scene, classes):
+        super().__init__()
+        self.how, self.W = how, nn.Linear(d_action + d_scene, classes)
+
+    def forward(self, F_A, F_S, F_O, lengths=None):
+        B, T = F_A.shape[:2]
+        lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=F_A.device)
+        ten = ((torch.arange(10, device=F_A.device) + 0.5) / 10 * lengths[:, None]).long()     # middles of ten parts
+        FF = torch.cat([F_A, F_S], -1)[torch.arange(B, device=F_A.device)[:, None], ten]       # (B,10,2413)
+        valid = (torch.arange(T, device=F_A.device) < lengths[:, None]).unsqueeze(-1)
+        logits = self.W(FF.amax(1) if self.how == "max" else FF.mean(1)).unsqueeze(1) * valid  # the same at every frame
+        return dict(logits=logits, P=torch.softmax(logits, -1) * valid,
+                    A_T=F_A.new_zeros(B, T).scatter_add_(1, ten, F_A.new_full((B, 10), 0.1)),
+                    A_o=uniform_attention(objects_there(F_O) & valid, F_O))
+
+
+def make_network(shape, classes, args):
+    """The network of --fusion for features of shape (d_action, d_scene, K, d_object)."""
+    d_action, d_scene, _, d_object = shape
+    if args.fusion in ("max", "avg"):
+        return Pooling(args.fusion, d_action, d_scene, classes)
+    return (DFAN if args.fusion == "dual" else TimeFocus)(d_action, d_scene, d_object, args.hidden, classes, args.beta)
 
 
 def loss_fn(logits, labels, lengths):
@@ -298,8 +385,8 @@ def vote(P, lengths):
 # Data: feature files, split lists (4.1), the planted set
 # ======================================================================================================================
 
-def read_features(path):
-    """F_A (T,D), F_S (T,D), F_O (T,K,D) in float32 and the settings (JSON text, "" if none) of one .npz file.
+def read_features(path, names):
+    """{name: array} in float32, objects (T,K,D), others (T,D), and the settings (JSON, "" if none) of one .npz file.
 
     Raises InputError, naming the file, if it is truncated, holds pickles, lacks an array, holds NaN or infinity, or if
     its arrays disagree in length.
@@ -307,30 +394,63 @@ def read_features(path):
     redo = "delete it and run extract_features.py again"
     try:
         with np.load(path, allow_pickle=False) as f:
-            missing = {"action", "scene", "objects"} - set(f.files)
+            missing = sorted(set(names) - set(f.files))
             if missing:
-                raise InputError(f"{path}: no array {', '.join(sorted(missing))} in it; {redo}")
-            F = [torch.from_numpy(f[name].astype(np.float32)) for name in ("action", "scene", "objects")]
+                raise InputError(f"{path}: no array {', '.join(missing)} in it; {redo}")
+            F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
             settings = str(f["settings"]) if "settings" in f.files else ""
     except (ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: truncated, or no plain .npz file ({error}); {redo}") from error
-    if [v.dim() for v in F] != [2, 2, 3] or len({len(v) for v in F}) > 1 or len(F[0]) == 0:
-        shapes = ", ".join(str(tuple(v.shape)) for v in F)
-        raise InputError(f"{path}: action (T,D), scene (T,D) and objects (T,K,D) disagree: {shapes}; {redo}")
-    for name, v in zip(("action", "scene", "objects"), F):
+    wrong = any(v.dim() != (3 if name == "objects" else 2) or len(v) == 0 for name, v in F.items())
+    if wrong or len({len(v) for v in F.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in F.items())
+        raise InputError(f"{path}: objects (T,K,D) and the others (T,D) disagree: {shapes}; {redo}")
+    for name, v in F.items():
         if not v.isfinite().all():
             raise InputError(f"{path}: NaN or infinity in {name}; {redo}")
-    return *F, settings
+    return F, settings
 
 
-class Features:
+def as_inputs(F, K):
+    """F_A, F_S, F_O of the network from {name: array} of the features in use and the number of objects (None: all).
+
+    The first of the (T,D) arrays is F_A, the others together F_S, since only their concatenation FF counts; where
+    objects are the only feature, FF := F_O_bar [R10]. Objects lie by falling probability: the top K are the first.
+    """
+    series = [v for name, v in F.items() if name != "objects"]
+    T = len(next(iter(F.values())))
+    F_O = F["objects"][:, :K] if "objects" in F else torch.zeros(T, 0, 0)
+    F_A, *others = series or [mean_object(F_O)]
+    return F_A, torch.cat([*others, torch.zeros(T, 0)], -1), F_O
+
+
+class Videos:
+    """A data set: ids ("class/stem"), labels, lengths, classes, widths {feature: its shape in a frame}."""
+
+    def choose(self, features, K):
+        """Sets the features in use, the number of objects K (None: all) and shape (d_action, d_scene, K, d_object)."""
+        stored = self.widths.get("objects", (0,))[0]
+        if "objects" in features and K and K > stored:
+            raise InputError(f"--objects {K}: there are {stored} in a frame; extract again with more, or ask for fewer")
+        self.features, self.K = features, (K or stored) if "objects" in features else 0
+        F_A, F_S, F_O = as_inputs({name: torch.zeros(1, *self.widths[name]) for name in features}, self.K)
+        self.shape = (F_A.shape[1], F_S.shape[1], *F_O.shape[1:])
+
+    def load(self, i, epoch):
+        F = self.arrays(i, epoch)
+        return as_inputs({name: F[name] for name in self.features}, self.K)
+
+    def of_run(self, number):
+        return self
+
+
+class Features(Videos):
     """The .npz files below a folder, <class>/<stem>.npz. They are read when a batch needs them, not kept in memory.
 
-    ids ("class/stem"), labels, lengths, classes (the folders' names, sorted), shape (d_action, d_scene, K, d_object).
     Every file is read once here, so that a bad one is known before training starts. Raises InputError.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, features=FEATURES, K=None):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder; --data takes the folder that extract_features.py wrote")
@@ -340,17 +460,18 @@ class Features:
         self.ids = [f"{p.parent.name}/{p.name[:-4]}" for p in paths]
         self.classes = sorted({p.parent.name for p in paths})
         self.labels = [self.classes.index(p.parent.name) for p in paths]
-        self.paths, self.lengths, self.settings, self.shape, self.largest = paths, [], {}, None, 0.
+        self.paths, self.lengths, self.settings, self.widths, self.largest = paths, [], {}, None, 0.
         for path in paths:
-            F_A, F_S, F_O, settings = read_features(path)
-            shape = (F_A.shape[1], F_S.shape[1], *F_O.shape[1:])
-            self.shape = self.shape or shape
-            if shape != self.shape:
-                raise InputError(f"{path}: widths (action, scene, K, object) {shape}, but {self.shape} in {paths[0]}; "
-                                 "extract both with the same settings")
-            self.lengths.append(len(F_A))
-            self.largest = max(self.largest, F_A.abs().mean().item(), F_S.abs().mean().item())
+            F, settings = read_features(path, features)
+            widths = {name: tuple(v.shape[1:]) for name, v in F.items()}
+            self.widths = self.widths or widths
+            if widths != self.widths:
+                raise InputError(f"{path}: widths {widths}, but {self.widths} in {paths[0]}; extract both with the "
+                                 "same settings")
+            self.lengths.append(len(next(iter(F.values()))))
+            self.largest = max(self.largest, *(v.abs().mean().item() for v in F.values()))
             self.settings.setdefault(settings, path)
+        self.choose(features, K)
 
     def warnings(self):
         """What a reader of the result must know of these features, a line each."""
@@ -359,16 +480,15 @@ class Features:
             yield f"features made with different settings: {two[0]} and {two[1]}"
         if any(s and json.loads(s).get("random_weights") is not None for s in self.settings):
             yield "features of networks with RANDOM weights: they try the pipeline, their accuracy means nothing"
-
         if self.largest > 5:
-            yield (f"action or scene features of mean size {self.largest:.1f}: above about 5 they saturate the LSTMs "
-                   "and nothing is learnt; scale them down")
+            yield (f"features of mean size {self.largest:.1f}: above about 5 they saturate the LSTMs and nothing is "
+                   "learnt; scale them down")
 
-    def load(self, i, epoch):
-        return read_features(self.paths[i])[:3]
+    def arrays(self, i, epoch):
+        return read_features(self.paths[i], self.features)[0]
 
 
-class Planted:
+class Planted(Videos):
     """A built-in set on which both focuses are needed; the network's parts are known to be right if it is learnt.
 
     T = 24 frames of K = 8 objects. In each video four snippets of two frames carry the action pattern of an emotion:
@@ -376,17 +496,21 @@ class Planted:
     0.95); the others, there and everywhere, are weak detections (0.05 to 0.5) of five classes, class 0 among them.
     Training videos are drawn anew in every epoch, each from (seed, epoch, number) alone.
     """
-    T, K, TRAIN, TEST, STRENGTH = 24, 8, 1000, 500, 1.5
-    shape = (32, 8, K, 84)
+    T, TRAIN, TEST, STRENGTH = 24, 1000, 500, 1.5
+    widths = dict(action=(32,), scene=(8,), objects=(8, 84))
     classes = ["anger", "disgust", "fear", "joy", "sadness", "surprise"]
 
-    def __init__(self, seed):
+    def __init__(self, seed, features=FEATURES, K=None):
         self.seed = seed
-        self.patterns = np.random.default_rng([seed, 0]).standard_normal((len(self.classes), self.shape[0]))
+        self.patterns = np.random.default_rng([seed, 0]).standard_normal((len(self.classes), *self.widths["action"]))
         self.ids = [f"{self.classes[i % 6]}/{i}" for i in range(self.TRAIN + self.TEST)]
         self.labels = [i % 6 for i in range(len(self.ids))]
         self.lengths = [self.T] * len(self.ids)
         self.splits = [(list(range(self.TRAIN)), list(range(self.TRAIN, len(self.ids))))]
+        self.choose(features, K)
+
+    def of_run(self, number):
+        return Planted(self.seed + number, self.features, self.K)
 
     def warnings(self):
         yield "SYNTHETIC data, the planted set; --data FEATS runs on your own"
@@ -394,8 +518,8 @@ class Planted:
     def draw(self, i, epoch):
         """One video: F_A, F_S, F_O, the true snippet's frames (T,) bool, and the key object of each frame (T,)."""
         rng = np.random.default_rng([self.seed, 1, epoch if i < self.TRAIN else 0, i])
-        label, (d_action, d_scene, K, d_object) = self.labels[i], self.shape
-        F_A, F_S = rng.standard_normal((self.T, d_action)), rng.standard_normal((self.T, d_scene))
+        label, (K, d_object) = self.labels[i], self.widths["objects"]
+        F_A, F_S = (rng.standard_normal((self.T, *self.widths[name])) for name in ("action", "scene"))
         F_O = np.zeros((self.T, K, d_object))
         frame, box = np.indices((self.T, K))
         F_O[frame, box, rng.integers(0, 5, (self.T, K))] = rng.uniform(0.05, 0.5, (self.T, K))
@@ -409,10 +533,11 @@ class Planted:
         for t in np.flatnonzero(planted):
             F_O[t, key[t], :-4] = 0
             F_O[t, key[t], 0] = 0.95
-        return F_A, F_S, F_O, planted, key
+        order = (-F_O[:, :, :-4].max(-1)).argsort(1)                        # by falling probability, as in a file
+        return F_A, F_S, np.take_along_axis(F_O, order[:, :, None], 1), planted, (order == key[:, None]).argmax(1)
 
-    def load(self, i, epoch):
-        return [torch.from_numpy(v.astype(np.float32)) for v in self.draw(i, epoch)[:3]]
+    def arrays(self, i, epoch):
+        return {name: torch.from_numpy(v.astype(np.float32)) for name, v in zip(FEATURES, self.draw(i, epoch))}
 
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts", ".npz")
@@ -599,12 +724,12 @@ def run(number, data, train, test, args):
     classes and history after each epoch.
     """
     seed, path = args.seed + number, args.out and Path(args.out, f"run{number}.pt")
-    settings = {k: getattr(args, k) for k in ("hidden", "lr", "batch", "clip", "beta")} | dict(
-        shape=list(data.shape), seed=seed, dataset=args.dataset if args.data else "planted",
+    settings = {k: getattr(args, k) for k in ("hidden", "lr", "batch", "clip", "beta", "fusion")} | dict(
+        features=list(data.features), shape=list(data.shape), seed=seed,
+        dataset=args.dataset if args.data else "planted",
         videos=hashlib.sha256(json.dumps([[data.ids[i] for i in part] for part in (train, test)]).encode()).hexdigest())
-    d_action, d_scene, _, d_object = data.shape
     torch.manual_seed(seed)
-    model = DFAN(d_action, d_scene, d_object, args.hidden, len(data.classes), args.beta).to(args.device)
+    model = make_network(data.shape, len(data.classes), args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     done, history = 0, []
     if path and path.exists():
@@ -628,7 +753,8 @@ def run(number, data, train, test, args):
         print(f"run {number}  epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  "
               f"accuracy {history[-1]['accuracy']:.4f}  macro {history[-1]['macro']:.4f}", flush=True)
     best = max(range(len(history)), key=lambda i: history[i]["accuracy"])
-    return history[-1] | dict(best=(history[best]["accuracy"], best + 1), seed=seed), model
+    focused = {} if args.data else dict(focus=focus(model, data, test, args))
+    return history[-1] | dict(best=(history[best]["accuracy"], best + 1), seed=seed) | focused
 
 
 def focus(model, data, test, args):
@@ -641,17 +767,304 @@ def focus(model, data, test, args):
     for i, (A_T, A_o) in zip(test, evaluate(model, data, test, args)[1]):
         planted, key = data.draw(i, 0)[3:]
         time.append(A_T[planted].sum())
-        objects.append(A_o[planted, key[planted]].mean())
+        if A_o.shape[1]:
+            objects.append(A_o[planted, key[planted]].mean())
     T, K = data.T, data.K
-    return {"time attention on the planted frames": (np.mean(time), 2 / T, limit(2, T)),
-            "object attention on the key object": (np.mean(objects), 1 / K, limit(1, K))}
+    out = {"time attention on the planted frames": (float(np.mean(time)), 2 / T, limit(2, T))}
+    if objects:
+        out["object attention on the key object"] = (float(np.mean(objects)), 1 / K, limit(1, K))
+    return out
+
+
+def protocol(data, splits, args):
+    """All runs of the protocol, spread over torchrun's ranks; every rank returns the scores of all."""
+    results = {number: run(number, data.of_run(number), *splits[number % len(splits)], args)
+               for number in range(args.rank, max(args.runs, len(splits)), args.world)}
+    if args.world > 1:
+        gathered = [None] * args.world
+        torch.distributed.all_gather_object(gathered, results)
+        results = {number: r for part in gathered for number, r in part.items()}
+    return [results[number] for number in sorted(results)]
+
+
+# ======================================================================================================================
+# Section 4: every table and figure of the paper
+# ======================================================================================================================
+
+# accuracies in %: (VideoEmotion, Ekman), as the paper prints them
+TABLE1 = {("action",): (51.51, 56.42), ("scene",): (39.08, 45.47), ("objects",): (18.74, 23.16),
+          ("action", "scene"): (52.78, 56.88), ("action", "scene", "objects"): (53.34, 57.37)}
+TABLE2 = {"max": (49.48, 53.12), "avg": (50.02, 54.28), "time": (51.88, 55.93), "dual": (53.34, 57.37)}
+FUSIONS = {"max": "Max. Pool", "avg": "Avg. Pool", "time": "T.Focus", "dual": "T.Focus + O.Focus"}
+TABLE3 = {"Jiang et al. (Visual Only)": (41.90, None), "Jiang et al. (Visual+Audio)": (46.10, None),
+          "ITE": (43.80, 50.90), "Content Fusion Network": (50.60, 51.80), "Kernelized Feature": (49.70, 54.40),
+          "Concept Selection": (51.48, 55.62)}
+FIGURE2 = (2, 4, 8, 16)                        # objects a frame; the paper draws bars without numbers, the best at 4
+FIGURE3 = {                                    # rows: the true emotion; classes in alphabetical order
+    "videoemotion": "50 1 4 25 1 1 21 1, 6 8 20 8 8 10 42 6, 0 0 65 12 6 3 15 1, 6 1 4 66 9 9 4 2, 2 0 2 9 67 4 18 0, "
+                    "1 1 14 18 7 58 4 0, 1 1 1 7 5 0 86 1, 7 0 3 10 17 3 41 17",
+    "ekman": "51 9 13 3 8 19, 3 54 18 5 5 14, 7 7 59 6 10 11, 3 4 9 54 6 23, 2 9 10 7 53 20, 11 4 5 8 5 64"}
+REPRODUCE = ("table1", "table2", "table3", "figure2", "figure3", "figure4")
+GREEN, BLUE, BLACK, GREY, WHITE = (0, 200, 0), (220, 90, 30), (30, 30, 30), (150, 150, 150), (255, 255, 255)  # BGR
+
+
+def reproduce(data, splits, args):
+    """Runs the cells (features, fusion, K) that --reproduce needs, each once, and prints and draws what they show.
+
+    A cell's checkpoints lie in --out/<cell>/: a finished one is read back, an interrupted one goes on. results.json
+    holds every cell. On the planted set the paper's numbers stand beside ours for their order alone.
+    """
+    column = 0 if args.dataset == "videoemotion" else 1
+    stored = data.widths["objects"][0]
+    path, done = Path(args.out, "results.json"), {}
+
+    def cell(features=FEATURES, fusion="dual", K=stored):
+        name = cell_name(features, fusion, K)
+        if name not in done:
+            cell_args = argparse.Namespace(**vars(args) | dict(
+                features=features, fusion=fusion, objects=K, out=str(Path(args.out, name))))
+            data.choose(features, K)
+            if args.rank == 0:
+                print(f"cell     {name}", flush=True)
+            done[name] = protocol(data, splits, cell_args)
+            if args.rank == 0:
+                kept = json.loads(path.read_text()) if path.exists() else {}
+                part = path.with_name(f".results.{os.getpid()}.part")
+                part.write_text(json.dumps(kept | {name: dict(
+                    dataset=args.dataset if args.data else "planted", accuracy=mean_std(done[name], "accuracy"),
+                    macro=mean_std(done[name], "macro"), runs=done[name])}, indent=1))
+                os.replace(part, path)
+        return done[name]
+
+    def table(title, rows):
+        """rows: (name, the paper's pair or None, results or None)."""
+        lines.append(f"{title}, {args.dataset if args.data else 'the planted set (SYNTHETIC)'}: accuracy in %, "
+                     f"n = {max(args.runs, len(splits))}")
+        heads = ["the paper's", "ours", "difference", "ours, macro"]
+        heads += [] if args.data else ["time share", "object share"]
+        lines.append(f"  {'':<28}" + "".join(f"{head:>16}" for head in heads))
+        for name, paper, results in rows:
+            paper = paper and paper[column]
+            entries = [f"{paper:.2f}" if paper else "-"]
+            if results:
+                difference = 100 * mean_std(results, "accuracy")[0] - paper if args.data and paper else None
+                entries += [in_percent(results, "accuracy"), "-" if difference is None else f"{difference:+.2f}",
+                            in_percent(results, "macro")]
+                entries += [f"{np.mean([r['focus'][v][0] for r in results]):.3f}" for v in results[0].get("focus", {})]
+            lines.append(f"  {name:<28}" + "".join(f"{v:>16}" for v in entries))
+        for what, (_, uniform, limit) in (results or [{}])[0].get("focus", {}).items():
+            lines.append(f"  {what}: uniform {uniform:.3f}, limit {limit:.3f}")
+
+    lines = []
+    for what in REPRODUCE if args.reproduce == "all" else (args.reproduce,):
+        if what == "table1":
+            table("Table 1", [(", ".join(features), paper, cell(features, "dual" if "objects" in features else "time"))
+                              for features, paper in TABLE1.items()])
+        elif what == "table2":
+            table("Table 2", [(FUSIONS[fusion], paper, cell(fusion=fusion)) for fusion, paper in TABLE2.items()])
+        elif what == "table3":
+            table("Table 3", [(name, paper, None) for name, paper in TABLE3.items()]
+                  + [(FUSIONS[fusion], TABLE2[fusion], cell(fusion=fusion)) for fusion in ("time", "dual")])
+        elif what == "figure2":
+            bars = {K: cell(K=K) for K in FIGURE2 if K <= stored}
+            table("Figure 2", [(f"top {K} objects", TABLE2["dual"] if K == 16 else None, r) for K, r in bars.items()])
+            picture(args, "figure2.png", draw_bars({f"{K}": mean_std(r, "accuracy") for K, r in bars.items()}))
+        elif what == "figure3":
+            confusion = np.mean([r["confusion"] for r in cell()], 0)
+            table("Figure 3", [(FUSIONS["dual"], TABLE2["dual"], cell())])
+            lines.extend(paper_confusion(data, splits, args))
+            picture(args, "figure3.png", draw_confusion(confusion, data.classes))
+        elif what == "figure4":
+            cell()
+            checkpoint = Path(args.out, cell_name(FEATURES, "dual", stored), "run0.pt")
+            lines.extend(figure4(data, splits[0][1], args, checkpoint))
+    if args.rank == 0:
+        print("\n".join([*lines, f"written  {path}"]))
+
+
+def cell_name(features, fusion, K):
+    return f"{'+'.join(features)}-{fusion}" + (f"-{K}" if "objects" in features else "")
+
+
+def mean_std(results, name):
+    """Mean and standard deviation over the runs (0 for one run)."""
+    values = [r[name] for r in results]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.
+
+
+def in_percent(results, name):
+    mean, std = mean_std(results, name)
+    return f"{100 * mean:.2f}" + (f" +/- {100 * std:.2f}" if len(results) > 1 else "")
+
+
+def paper_confusion(data, splits, args):
+    """What the paper's own figure 3 adds up to: its headline accuracy is neither mean of its diagonal."""
+    rows = [[int(v) for v in row.split()] for row in FIGURE3[args.dataset].split(",")]
+    diagonal = np.diag(rows).astype(float)
+    yield (f"  the paper's figure 3: its diagonal averages {diagonal.mean():.1f} % over the classes, its headline is "
+           f"{TABLE2['dual'][0 if args.dataset == 'videoemotion' else 1]}")
+    if args.data and len(rows) == len(data.classes):
+        counts = np.bincount([data.labels[i] for i in splits[0][1]], minlength=len(rows))
+        yield (f"  weighted by this validation set's class counts ({', '.join(map(str, counts))}) it is "
+               f"{(diagonal * counts).sum() / counts.sum():.1f} %")
+
+
+def picture(args, name, image):
+    if args.rank == 0:
+        import cv2                                                     # for pictures alone: training needs no libGL
+        path = Path(args.out, name)
+        if not cv2.imwrite(str(path), image):
+            raise InputError(f"{path}: cannot be written")
+        print(f"picture  {path}")
+
+
+def write(image, text, x, y, size=0.5, colour=BLACK, centre=False):
+    import cv2
+    (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
+    at = (int(x - width / 2), int(y + height / 2)) if centre else (int(x), int(y))
+    cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
+
+
+def draw_bars(bars):
+    """Figure 2: {label: (mean, standard deviation)}, accuracies from 0 to 1."""
+    import cv2
+    image = np.full((420, 140 + 120 * len(bars), 3), 255, np.uint8)
+    bottom, height = 340, 280
+    for tick in range(0, 101, 20):
+        y = bottom - height * tick // 100
+        cv2.line(image, (70, y), (image.shape[1] - 30, y), GREY if tick else BLACK, 1)
+        write(image, f"{tick}", 40, y, centre=True)
+    for n, (label, (mean, std)) in enumerate(bars.items()):
+        x, y = 130 + 120 * n, bottom - int(height * mean)
+        cv2.rectangle(image, (x - 35, y), (x + 35, bottom - 1), BLUE, -1)
+        for v in (mean - std, mean + std) if std else ():
+            cv2.line(image, (x - 8, int(bottom - height * v)), (x + 8, int(bottom - height * v)), BLACK, 1, cv2.LINE_AA)
+        cv2.line(image, (x, int(bottom - height * (mean - std))), (x, int(bottom - height * (mean + std))), BLACK, 1)
+        write(image, f"{100 * mean:.2f}", x, int(bottom - height * (mean + std)) - 14, centre=True)
+        write(image, label, x, bottom + 20, centre=True)
+    write(image, "accuracy, %", 20, 28)
+    write(image, "objects a frame, K", image.shape[1] / 2, bottom + 50, centre=True)
+    return image
+
+
+def draw_confusion(confusion, classes):
+    """Figure 3: rows are the true emotion, normalised; the darker, the more."""
+    import cv2
+    left, top, side = 150, 90, 72
+    image = np.full((top + side * len(classes) + 20, left + side * len(classes) + 20, 3), 255, np.uint8)
+    write(image, "true \\ predicted", 10, 30)
+    for i, row in enumerate(confusion):
+        write(image, classes[i][:14], 10, top + side * i + side / 2 + 5)
+        write(image, classes[i][:8], left + side * i + side / 2, top - 20, 0.45, centre=True)
+        for j, v in enumerate(row):
+            x, y = left + side * j, top + side * i
+            colour = tuple(int(255 + (c - 255) * v) for c in BLUE)
+            cv2.rectangle(image, (x, y), (x + side - 2, y + side - 2), colour, -1)
+            write(image, f"{v:.2f}", x + side / 2, y + side / 2, 0.5, WHITE if v > 0.6 else BLACK, centre=True)
+    return image
+
+
+def figure4(data, test, args, checkpoint):
+    """One picture a class: its first validation video, under the dual network of run 0. Yields a line each."""
+    if args.data and not args.videos:
+        raise InputError("--reproduce figure4: needs --videos, the folder that extract_features.py read")
+    data.choose(FEATURES, None)
+    model = make_network(data.shape, len(data.classes), argparse.Namespace(**vars(args) | dict(fusion="dual")))
+    model.load_state_dict(load_checkpoint(checkpoint)["model"])
+    model.to(args.device)
+    firsts = [next(i for i in test if data.labels[i] == c) for c in range(len(data.classes))]
+    emotions, attentions = evaluate(model, data, firsts, args)
+    for i, emotion, (A_T, A_o) in zip(firsts, emotions, attentions):
+        boxes = data.load(i, 0)[2][..., -4:].numpy()
+        if args.data:
+            with np.load(data.paths[i], allow_pickle=False) as f:
+                numbers, seconds = f["frames"], f["seconds"]
+        else:
+            numbers = seconds = np.arange(len(A_T))
+        shown = [part[A_T[part].argmax()] for part in np.array_split(np.arange(len(A_T)), min(6, len(A_T)))]
+        frames = (video_frames(find_video(args.videos, data.ids[i]), numbers[shown]) if args.data
+                  else [np.full((240, 320, 3), 90, np.uint8)] * len(shown))
+        title = f"{data.ids[i]}: predicted {data.classes[emotion]}"
+        name = "figure4-" + data.ids[i].replace("/", "-") + ".png"
+        picture(args, name, draw_attention(title, A_T, seconds, shown, frames, boxes[shown], A_o[shown]))
+        yield f"  {title}; most attended at {seconds[A_T.argmax()]:.1f} s, {A_T.max() * len(A_T):.2f} times uniform"
+
+
+def find_video(folder, identity):
+    """The video below the folder of its class, whatever its suffix. Raises InputError."""
+    emotion, stem = identity.split("/", 1)
+    for place, _, names in os.walk(Path(folder, emotion), followlinks=True):
+        for name in names:
+            if os.path.splitext(name)[0] == stem and name.lower().endswith(SUFFIXES):
+                return os.path.join(place, name)
+    raise InputError(f"{Path(folder, emotion)}: no video {stem} below it; --videos is the folder that was extracted")
+
+
+def video_frames(path, numbers):
+    """The decoded frames (H,W,3), BGR, of these numbers, rising. Raises InputError."""
+    import cv2
+    video, frames, number = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG), [], 0
+    while len(frames) < len(numbers) and video.grab():
+        if number == numbers[len(frames)]:
+            frames.append(video.retrieve()[1])
+        number += 1
+    video.release()
+    if len(frames) < len(numbers):
+        raise InputError(f"{path}: frame {numbers[len(frames)]} does not decode; is it the video that was extracted?")
+    return frames
+
+
+def draw_attention(title, A_T, seconds, shown, frames, boxes, A_o):
+    """Figure 4: frames with their boxes, green, the more saturated the more attended, above the curve of A_T.
+
+    A_T (T,), seconds (T,), shown: the frames' positions, frames (H,W,3) each, boxes (n,K,4) from 0 to 1, A_o (n,K).
+    """
+    import cv2
+    width, height, gap = 300, 200, 10
+    full = gap + (width + gap) * len(shown)
+    image = np.full((height + 290, max(full, 640), 3), 255, np.uint8)
+    write(image, title, gap, 24, 0.6)
+    left, right, top, bottom = 90, image.shape[1] - 30, height + 90, height + 235
+    start, end = seconds[0], max(seconds[-1], seconds[0] + 1e-3)
+    highest = max(A_T.max(), 1 / len(A_T)) * 1.1
+    place = lambda t, v: (int(left + (right - left) * (seconds[t] - start) / (end - start)),
+                          int(bottom - (bottom - top) * v / highest))
+    for n, (t, frame, F_o, weights) in enumerate(zip(shown, frames, boxes, A_o)):
+        h, w = frame.shape[:2]
+        scale = min(width / w, height / h)
+        small = cv2.resize(frame, (max(1, int(w * scale)), max(1, int(h * scale))), interpolation=cv2.INTER_AREA)
+        h, w = small.shape[:2]
+        there = [k for k in weights.argsort() if weights[k] > 0]                      # the most attended on top
+        for k in there:
+            saturation = weights[k] / weights.max()
+            colour = tuple(int(200 + (c - 200) * saturation) for c in GREEN)
+            corners = [int(v * s) for v, s in zip(F_o[k], (w - 1, h - 1, w - 1, h - 1))]
+            cv2.rectangle(small, tuple(corners[:2]), tuple(corners[2:]), colour, 1 + int(saturation > 0.5))
+        x = gap + (width + gap) * n
+        image[40 + (height - h) // 2:40 + (height - h) // 2 + h, x + (width - w) // 2:x + (width - w) // 2 + w] = small
+        write(image, f"{seconds[t]:.1f} s", x + width / 2, height + 52, 0.45, centre=True)
+        cv2.line(image, (x + width // 2, height + 62), (place(t, 0)[0], top), GREY, 1, cv2.LINE_AA)
+        cv2.line(image, (place(t, 0)[0], top), place(t, 0), GREY, 1)
+    cv2.rectangle(image, (left, top), (right, bottom), BLACK, 1)
+    uniform = place(0, 1 / len(A_T))[1]
+    cv2.line(image, (left, uniform), (right, uniform), GREY, 1)
+    curve = np.array([place(t, v) for t, v in enumerate(A_T)], np.int32)
+    cv2.polylines(image, [curve], False, BLUE, 2, cv2.LINE_AA)
+    write(image, "A_T", 10, top + 10)
+    write(image, "uniform", 10, uniform + 4, 0.4)
+    write(image, f"{1 / len(A_T):.4f}", 10, uniform + 18, 0.4)
+    for n in range(6):
+        x = left + (right - left) * n / 5
+        cv2.line(image, (int(x), bottom), (int(x), bottom + 5), BLACK, 1)
+        write(image, f"{start + (end - start) * n / 5:.1f}{' s' * (n == 5)}", x, bottom + 20, 0.45, centre=True)
+    return image
 
 
 # ======================================================================================================================
 # Command line
 # ======================================================================================================================
 
-def report(results, data, args):
+def report(results, data):
     """Prints the protocol's figures: each run, their mean and standard deviation, and the confusion matrix."""
     for number, r in enumerate(results):
         print(f"result   run {number}  seed {r['seed']}  accuracy {r['accuracy']:.4f}  macro {r['macro']:.4f}  (last "
@@ -666,6 +1079,8 @@ def report(results, data, args):
     width = max(map(len, data.classes))
     for name, row in zip(data.classes, np.mean([r["confusion"] for r in results], 0)):
         print(f"  {name:<{width}}  " + "  ".join(f"{v:.2f}" for v in row))
+    for name, (share, uniform, limit) in results[0].get("focus", {}).items():
+        print(f"synthetic  {name}: {share:.3f}  (uniform {uniform:.3f}, limit {limit:.3f})")
 
 
 def parse_args(argv=None):
@@ -681,6 +1096,12 @@ def parse_args(argv=None):
     group.add_argument("--alternate-split", action="store_true", help="ekman without lists: every second video trains")
     group.add_argument("--allow-missing", action="store_true", help="go on without listed videos that have no features")
     group = parser.add_argument_group("from the paper")
+    group.add_argument("--features", default=",".join(FEATURES), metavar="NAME,...",
+                       help="arrays of the .npz to use: any of action, scene, objects (Table 1), and your own (T,D) "
+                            f"arrays (default: {','.join(FEATURES)})")
+    group.add_argument("--fusion", choices=("dual", "time", "avg", "max"), help="Table 2: T.Focus + O.Focus, T.Focus "
+                       "alone, or pooling of ten frames (default: dual; time where there are no objects)")
+    group.add_argument("--objects", type=int, metavar="K", help="objects a frame (Figure 2; default: all stored)")
     group.add_argument("--beta", type=float, default=BETA, help=f"of (10), in [0, 1] (3.2.2; default: {BETA})")
     group = parser.add_argument_group("not in the paper (chosen here; the planted set's own value in brackets)")
     for name, kind in (("hidden", int), ("lr", float), ("batch", int), ("epochs", int), ("clip", float)):
@@ -690,6 +1111,11 @@ def parse_args(argv=None):
     group = parser.add_argument_group("output")
     group.add_argument("--out", help="folder for checkpoints, run<number>.pt (default: out; the planted set: none)")
     group.add_argument("--resume", action="store_true", help="go on with the checkpoints in --out")
+    group.add_argument("--runs", type=int, help="runs of different seeds with one split (default: 1; on the planted "
+                       "set with --reproduce 5; videoemotion has its ten)")
+    group.add_argument("--reproduce", choices=(*REPRODUCE, "all"), help="run what a table or figure of the paper "
+                       "needs, print it beside the paper's numbers, write results.json and pictures into --out")
+    group.add_argument("--videos", help="folder of the videos, for the frames of figure4")
     group.add_argument("--seed", type=int, default=0, help="of run 0; run i uses seed + i (default: 0)")
     group.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     args = parser.parse_args(argv)
@@ -702,8 +1128,21 @@ def parse_args(argv=None):
         parser.error("--beta: must be in [0, 1]")
     if not 0 <= args.seed < 2 ** 31:
         parser.error("--seed: must be a whole number from 0 to 2147483647")
-    if args.data and args.out is None:
+    if args.out is None and (args.data or args.reproduce):
         args.out = "out"
+    args.runs = args.runs or (5 if args.reproduce and not args.data else 1)
+    args.features = tuple(name for name in args.features.split(",") if name)
+    if not args.features or len(set(args.features)) < len(args.features):
+        parser.error("--features: names of arrays, each once, with commas between them")
+    if not args.data and set(args.features) - set(FEATURES):
+        parser.error(f"--features: the planted set has {', '.join(FEATURES)}")
+    args.fusion = args.fusion or ("dual" if "objects" in args.features else "time")
+    if args.fusion == "dual" and "objects" not in args.features:
+        parser.error("--fusion dual: O.Focus needs objects among --features")
+    if args.objects is not None and args.objects < 1 or args.runs < 1:
+        parser.error("--objects and --runs must be at least 1")
+    if args.runs > 1 and args.dataset == "videoemotion":
+        parser.error("--runs: videoemotion has its ten")
     if args.resume and not args.out:
         parser.error("--resume: needs --out, the folder of the checkpoints")
     if not args.data and (args.split or args.alternate_split or args.dataset != "ekman"):
@@ -713,7 +1152,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    args.rank, args.world, local = (int(os.environ.get(k, d))
+                                    for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     args.device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=args.device)
@@ -721,12 +1161,14 @@ def main(argv=None):
         raise InputError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})") from error
     if not args.data:
         torch.set_num_threads(1)                              # products this small lose by sharing
-    data = Features(args.data) if args.data else Planted(args.seed)
+    chosen = args.features, args.objects
+    data = Features(args.data, *chosen) if args.data else Planted(args.seed, *chosen)
     splits = make_splits(args, data) if args.data else data.splits
-    existing = [str(p) for i in range(len(splits)) if args.out and (p := Path(args.out, f"run{i}.pt")).exists()]
+    runs = range(max(args.runs, len(splits)))
+    existing = [str(p) for i in runs if args.out and (p := Path(args.out, f"run{i}.pt")).exists()]
     if existing and not args.resume:
         raise InputError(f"{existing[0]}: there already; --resume goes on with it, another --out keeps it")
-    if rank == 0:
+    if args.rank == 0:
         print(f"versions torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}; "
               f"device {args.device}")
         for line in data.warnings():
@@ -735,20 +1177,16 @@ def main(argv=None):
         paper = PAPER_COUNTS.get(args.dataset) if args.data else None
         print(f"split    train {len(splits[0][0])} / validation {len(splits[0][1])}"
               + (f" (the paper's Ekman: {paper[0]} / {paper[1]})" if paper else ""), flush=True)
-    results = {}
-    for number in range(rank, len(splits), world):            # under torchrun the runs are spread over the ranks
-        results[number], model = run(number, data, *splits[number], args)
-    if world > 1:
+    if args.world > 1:
         torch.distributed.init_process_group("gloo")
-        gathered = [None] * world
-        torch.distributed.all_gather_object(gathered, results)
+    if args.reproduce:
+        reproduce(data, splits, args)
+    else:
+        results = protocol(data, splits, args)
+        if args.rank == 0:
+            report(results, data)
+    if args.world > 1:
         torch.distributed.destroy_process_group()
-        results = {number: r for part in gathered for number, r in part.items()}
-    if rank == 0:
-        report([results[number] for number in sorted(results)], data, args)
-        if not args.data:
-            for name, (share, uniform, limit) in focus(model, data, splits[0][1], args).items():
-                print(f"synthetic  {name}: {share:.3f}  (uniform {uniform:.3f}, limit {limit:.3f})")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,11 @@ def lstm_cell(W_in, b_in, W_h, b_h, x, h_in, c):
     return sigmoid(o) * np.tanh(c), c
 
 
-def oracle(cell, F_A, F_S, F_O, training):
-    """Equations (1)-(10) for one video; F_A (T,D), F_S (T,D), F_O (T,K,D). Returns logits, P, A_T at the end, A_o."""
+def oracle(cell, F_A, F_S, F_O, training, o_focus=True):
+    """Equations (1)-(10) for one video; F_A (T,D), F_S (T,D), F_O (T,K,D). Returns logits, P, A_T at the end, A_o.
+
+    Without O.Focus, F_o_hat is the mean of the objects that are there, and there is no LSTM.S [R9].
+    """
     w = {name: (p.weight.detach().double().numpy(), 0. if p.bias is None else p.bias.detach().double().numpy())
          for name, p in cell.named_children()}
     T, K = F_O.shape[:2]
@@ -54,9 +57,12 @@ def oracle(cell, F_A, F_S, F_O, training):
     for t in range(T):
         there = [i for i in range(K) if np.any(F_O[t, i] != 0)]
         F_O_bar = sum((F_O[t, i] for i in there), np.zeros(F_O.shape[2])) / max(1, len(there))
-        h1, c1 = lstm_cell(*w["S_in"], *w["S_h"], F_O_bar, np.concatenate([h2, h1]), c1)                        # (4)
         A_o = np.zeros(K)
-        if there:
+        if o_focus:
+            h1, c1 = lstm_cell(*w["S_in"], *w["S_h"], F_O_bar, np.concatenate([h2, h1]), c1)                    # (4)
+        elif there:
+            A_o[there] = 1 / len(there)
+        if there and o_focus:
             G_o = [np.tanh(w["W_oh"][0] @ h1 + w["W_of"][0] @ F_O[t, i] + w["W_of"][1]).item() for i in there]  # (3)
             A_o[there] = softmax(np.array(G_o))                                                                 # (2)
         F_o_hat = sum(F_O[t, i] * A_o[i] for i in range(K))                                                     # (1)
@@ -111,6 +117,34 @@ def test_network_is_the_paper(training, dtype, tolerance):
             assert (got[n:] == 0).all(), f"{name}: padding must hold zeros"
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_t_focus_alone_is_the_paper_without_o_focus(training):
+    torch.manual_seed(1)
+    net = dfan.TimeFocus(7, 5, 6, 4, 3).double().train(training)
+    assert {name for name, _ in net.cell.named_children()} == {"W_p", "T_in", "T_h", "W_Th", "W_Tf"}
+    F_A, F_S, F_O, lengths = make_batch([9, 4, 1])
+    out = net(F_A, F_S, F_O, lengths)
+    for b, n in enumerate(lengths):
+        expected = oracle(net.cell, *(v[b, :n].numpy() for v in (F_A, F_S, F_O)), training, o_focus=False)
+        for name, value in zip(("logits", "P", "A_T", "A_o"), expected):
+            assert np.abs(out[name][b, :n].detach().numpy() - value).max() < 1e-12, name
+            assert (out[name][b, n:] == 0).all()
+
+
+@pytest.mark.parametrize("how, pool", [("max", np.max), ("avg", np.mean)])
+def test_pooling_takes_ten_uniform_frames(how, pool):
+    net = dfan.Pooling(how, 7, 5, 3).double()
+    W, b = (p.detach().numpy() for p in (net.W.weight, net.W.bias))
+    F_A, F_S, F_O, lengths = make_batch([40, 10, 3])
+    out = net(F_A, F_S, F_O, lengths)
+    for video, frames in enumerate([range(2, 40, 4), range(10), [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]]):
+        FF = np.concatenate([F_A[video].numpy(), F_S[video].numpy()], -1)[list(frames)]
+        n = lengths[video]
+        assert np.allclose(out["logits"][video, :n].detach().numpy(), W @ pool(FF, axis=0) + b)
+        assert (out["P"][video, n:] == 0).all() and np.allclose(out["P"][video, :n].sum(-1).detach().numpy(), 1)
+        assert np.allclose(out["A_T"][video].numpy(), np.bincount(list(frames), minlength=40) / 10)
+
+
 def test_gradients_against_finite_differences():
     net = make_net().train()
     F_A, F_S, F_O, lengths = make_batch([5, 3])
@@ -135,12 +169,8 @@ def test_the_loops_gradient_is_autograds(training):
     net = make_net().train(training)
     *F, lengths = make_batch([7, 3, 5])
     valid = (torch.arange(7) < lengths[:, None]).unsqueeze(-1).double()
-    x = net.cell.project(*F, valid)
-    frames = type(x)(**{k: v.unbind(1) for k, v in vars(x).items()})
-    s = net.cell.start(frames, (x.T_in * valid).sum(1))
-    ys = [net.cell(t, frames, s) for t in range(7)]
-    plain = [torch.stack([y.logits for y in ys], 1), torch.stack([y.A_o for y in ys], 1), torch.cat(s.e, -1), s.den]
-    written = dfan.Loop.run(net.cell, x)
+    plain = dfan.unroll(net.cell, net.cell.project(*F, valid))
+    written = dfan.Loop.run(net.cell, net.cell.project(*F, valid))
     weights = [torch.randn(v.shape, dtype=v.dtype) for v in plain]
     grads = []
     for out in (plain, written):
@@ -249,7 +279,7 @@ def test_scores_are_the_papers():
 
 
 def test_every_equation_and_reading_is_tagged():
-    step = inspect.getsource(dfan.DFACell.forward)
+    step = inspect.getsource(dfan.DFACell)
     source, readme = (HERE / "dfan.py").read_text(), (HERE / "README.md").read_text()
     extract = (HERE / "extract_features.py").read_text()
     for n in range(1, 11):
@@ -463,6 +493,101 @@ def test_last_epoch_is_reported_not_the_best(tmp_path, capsys):
     out = capsys.readouterr().out
     last = [line for line in out.splitlines() if "epoch   6/6" in line][0].split("accuracy ")[1].split()[0]
     assert f"accuracy {last}" in [line for line in out.splitlines() if line.startswith("result")][0]
+
+
+def test_feature_subsets_and_top_k():
+    F = dict(action=torch.rand(6, 7), scene=torch.rand(6, 5), objects=torch.rand(6, 4, 8), audio=torch.rand(6, 3))
+    pick = lambda *names, K=None: dfan.as_inputs({name: F[name] for name in names}, K)
+    F_A, F_S, F_O = pick("action", "scene", "objects", K=2)
+    assert F_A is F["action"] and torch.equal(F_S, F["scene"]) and torch.equal(F_O, F["objects"][:, :2])
+    F_A, F_S, F_O = pick("action", "scene", "objects", "audio")
+    assert torch.equal(torch.cat([F_A, F_S], -1), torch.cat([F["action"], F["scene"], F["audio"]], -1))
+    F["objects"][0, 3] = F["objects"][1] = 0
+    F_A, F_S, F_O = pick("objects")                                            # FF := F_O_bar [R10]
+    assert torch.allclose(F_A[0], F["objects"][0, :3].mean(0)) and torch.allclose(F_A[2], F["objects"][2].mean(0))
+    assert (F_A[1] == 0).all() and F_S.shape == (6, 0)
+    F_A, F_S, F_O = pick("scene")
+    assert F_A is F["scene"] and F_S.shape == (6, 0) and F_O.shape == (6, 0, 0)
+
+
+def test_subsets_run_and_what_cannot_is_refused(tmp_path, capsys):
+    feats = write_feats(tmp_path / "f")
+    for path in feats.rglob("*.npz"):
+        F = dict(np.load(path))
+        T = len(F["action"])
+        np.savez(path, **F, audio=np.ones((T, 2), np.float16), short=np.ones((1, 1)), flat=np.ones(T))
+    for n, argv in enumerate((["--features", "objects"], ["--features", "action"],
+                              ["--features", "scene,objects,audio"], ["--fusion", "max"],
+                              ["--fusion", "avg", "--features", "audio"], ["--objects", "2"], ["--fusion", "time"])):
+        run_main("--data", feats, *argv, "--out", tmp_path / f"o{n}")
+    saved = [torch.load(tmp_path / f"o{n}/run0.pt", weights_only=True) for n in range(7)]
+    assert [saved[n]["model"]["cell.T_in.weight"].shape[1] for n in (0, 1, 2)] == [6, 7, 5 + 2]
+    assert saved[5]["settings"]["shape"] == [7, 5, 2, 6] and "cell.S_h.weight" not in saved[6]["model"]
+    for argv, word in ((["--features", "smell"], "no array smell"), (["--objects", "9"], "--objects 9"),
+                       (["--features", "action,short"], "disagree"), (["--features", "flat"], "disagree")):
+        assert word in error_of("--data", feats, *argv, "--out", tmp_path / "x")
+    for argv in (["--features", ""], ["--features", "action,action"], ["--objects", "0"], ["--features", "audio"],
+                 ["--features", "action", "--fusion", "dual"]):
+        with pytest.raises(SystemExit):
+            dfan.main(argv)
+        assert argv[0] in capsys.readouterr().err
+
+
+def test_reproduce_runs_each_cell_once_and_keeps_it(tmp_path, capsys, monkeypatch):
+    feats, out = write_feats(tmp_path / "f", ("anger", "joy", "sadness"), n=6), tmp_path / "o"
+    argv = ["--data", feats, "--out", out, "--runs", "2", "--reproduce"]
+    run_main(*argv, "table1")
+    first = capsys.readouterr().out
+    assert first.count("epoch   2/2") == 5 * 2 and "56.42" in first and "n = 2" in first
+    trained = []
+    monkeypatch.setattr(dfan, "train_epoch", (lambda old: lambda *a: trained.append(a) or old(*a))(dfan.train_epoch))
+    run_main(*argv, "table1")
+    assert not trained and first[first.index("Table 1"):] == (again := capsys.readouterr().out)[again.index("Table 1"):]
+    run_main(*argv, "table2")
+    assert len(trained) == 3 * 2 * 2, "the dual cell is Table 1's last row"
+    printed = capsys.readouterr().out
+    kept = json.loads((out / "results.json").read_text())
+    assert len(kept) == 5 + 3
+    for name, cell in kept.items():
+        runs = [torch.load(out / name / f"run{i}.pt", weights_only=True)["history"][-1]["accuracy"] for i in range(2)]
+        assert np.allclose(cell["accuracy"], [np.mean(runs), np.std(runs, ddof=1)])
+    line = [v for v in printed.splitlines() if v.startswith("  Avg. Pool")][0].split()
+    ours = 100 * kept["action+scene+objects-avg-3"]["accuracy"][0]
+    assert line[2] == "54.28" and line[3] == f"{ours:.2f}" and line[6] == f"{ours - 54.28:+.2f}"
+    capsys.readouterr()
+    assert "--videos" in error_of(*argv, "figure4")
+
+
+def test_the_papers_figure_3_and_its_headline():
+    """The issue's own arithmetic: the diagonals average 52.1 % and 55.8 % over the classes."""
+    for dataset, mean, size in (("videoemotion", 52.1, 8), ("ekman", 55.8, 6)):
+        rows = np.array([[int(v) for v in row.split()] for row in dfan.FIGURE3[dataset].split(",")])
+        assert rows.shape == (size, size) and abs(np.diag(rows).mean() - mean) < 0.06
+        assert np.abs(rows.sum(1) - 100).max() <= 8, "the printed rows sum to 98 to 108 %"
+
+
+def test_figures_on_videos_and_on_the_planted_set(tmp_path, capsys):
+    run_main("--reproduce", "figure4", "--epochs", "1", "--runs", "1", "--out", tmp_path / "p")
+    assert len(list((tmp_path / "p").glob("figure4-*.png"))) == 6
+    feats = write_feats(tmp_path / "f", n=4)
+    for path in feats.rglob("*.npz"):
+        F = dict(np.load(path))
+        T = len(F["action"])
+        np.savez(path, **F | dict(objects=np.random.default_rng(0).random((T, 3, 84)).astype(np.float16)),
+                 frames=8 * np.arange(T), seconds=np.arange(T) / 3)
+        write_video(tmp_path / "v" / path.parent.name / f"{path.name[:-4]}.avi", 8 * T, 64, 80)
+    run_main("--data", feats, "--reproduce", "figure4", "--videos", tmp_path / "v", "--out", tmp_path / "o")
+    pictures = sorted((tmp_path / "o").glob("figure4-*.png"))
+    assert [p.name for p in pictures] == ["figure4-anger-anger_1.png", "figure4-joy-joy_1.png"]
+    image = cv2.imread(str(pictures[0])).astype(int)
+    assert (image[..., 1] - image[..., [0, 2]].max(-1) > 80).sum() > 200, "green boxes"
+    assert (image[..., 0] - image[..., 2] > 100).sum() > 200, "a blue curve"
+    run_main("--data", feats, "--reproduce", "figure2", "--out", tmp_path / "o")
+    run_main("--data", feats, "--reproduce", "figure3", "--out", tmp_path / "o")
+    assert all((tmp_path / "o" / f"figure{n}.png").is_file() for n in (2, 3))
+    shutil.rmtree(tmp_path / "v/joy")
+    again = "--data", feats, "--reproduce", "figure4", "--out", tmp_path / "o", "--videos", tmp_path / "v"
+    assert "joy_1" in error_of(*again)
 
 
 def test_planted_set_is_what_it_says():
