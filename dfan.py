@@ -484,6 +484,10 @@ class Features(Videos):
             yield (f"features of mean size {self.largest:.1f}: above about 5 they saturate the LSTMs and nothing is "
                    "learnt; scale them down")
 
+    def tuned_on(self):
+        """The videos that the features' backbones were tuned on (extract_features.py --finetune)."""
+        return {identity for s in self.settings if s for identity in json.loads(s).get("tuned_on") or ()}
+
     def arrays(self, i, epoch):
         return read_features(self.paths[i], self.features)[0]
 
@@ -751,7 +755,7 @@ def run(number, data, train, test, args):
             save(path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, settings=settings,
                             classes=data.classes, history=history))
         print(f"run {number}  epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  "
-              f"accuracy {history[-1]['accuracy']:.4f}  macro {history[-1]['macro']:.4f}", flush=True)
+              f"accuracy {history[-1]['accuracy']:.4f}  macro {history[-1]['macro']:.4f}{args.mark}", flush=True)
     best = max(range(len(history)), key=lambda i: history[i]["accuracy"])
     focused = {} if args.data else dict(focus=focus(model, data, test, args))
     return history[-1] | dict(best=(history[best]["accuracy"], best + 1), seed=seed) | focused
@@ -839,7 +843,7 @@ def reproduce(data, splits, args):
     def table(title, rows):
         """rows: (name, the paper's pair or None, results or None)."""
         lines.append(f"{title}, {args.dataset if args.data else 'the planted set (SYNTHETIC)'}: accuracy in %, "
-                     f"n = {max(args.runs, len(splits))}")
+                     f"n = {max(args.runs, len(splits))}{args.mark}")
         heads = ["the paper's", "ours", "difference", "ours, macro"]
         heads += [] if args.data else ["time share", "object share"]
         lines.append(f"  {'':<28}" + "".join(f"{head:>16}" for head in heads))
@@ -851,7 +855,7 @@ def reproduce(data, splits, args):
                 entries += [in_percent(results, "accuracy"), "-" if difference is None else f"{difference:+.2f}",
                             in_percent(results, "macro")]
                 entries += [f"{np.mean([r['focus'][v][0] for r in results]):.3f}" for v in results[0].get("focus", {})]
-            lines.append(f"  {name:<28}" + "".join(f"{v:>16}" for v in entries))
+            lines.append(f"  {name:<28}" + "".join(f"{v:>16}" for v in entries) + (args.mark if results else ""))
         for what, (_, uniform, limit) in (results or [{}])[0].get("focus", {}).items():
             lines.append(f"  {what}: uniform {uniform:.3f}, limit {limit:.3f}")
 
@@ -1064,18 +1068,18 @@ def draw_attention(title, A_T, seconds, shown, frames, boxes, A_o):
 # Command line
 # ======================================================================================================================
 
-def report(results, data):
+def report(results, data, mark):
     """Prints the protocol's figures: each run, their mean and standard deviation, and the confusion matrix."""
     for number, r in enumerate(results):
         print(f"result   run {number}  seed {r['seed']}  accuracy {r['accuracy']:.4f}  macro {r['macro']:.4f}  (last "
               f"epoch; best epoch {r['best'][1]}: {r['best'][0]:.4f}, optimistic, since it is picked on the validation "
-              "videos)")
+              f"videos){mark}")
     if len(results) > 1:
         for name in ("accuracy", "macro"):
             values = [r[name] for r in results]
             print(f"result   {name} {np.mean(values):.4f} +/- {np.std(values, ddof=1):.4f}  (mean, standard deviation, "
-                  f"n = {len(values)})")
-    print("confusion matrix, rows: the true emotion, normalised (figure 3)")
+                  f"n = {len(values)}){mark}")
+    print(f"confusion matrix, rows: the true emotion, normalised (figure 3){mark}")
     width = max(map(len, data.classes))
     for name, row in zip(data.classes, np.mean([r["confusion"] for r in results], 0)):
         print(f"  {name:<{width}}  " + "  ".join(f"{v:.2f}" for v in row))
@@ -1095,6 +1099,8 @@ def parse_args(argv=None):
                             "drawn)")
     group.add_argument("--alternate-split", action="store_true", help="ekman without lists: every second video trains")
     group.add_argument("--allow-missing", action="store_true", help="go on without listed videos that have no features")
+    group.add_argument("--allow-leak", action="store_true", help="go on although the backbones were tuned on "
+                       "validation videos; every number printed is marked")
     group = parser.add_argument_group("from the paper")
     group.add_argument("--features", default=",".join(FEATURES), metavar="NAME,...",
                        help="arrays of the .npz to use: any of action, scene, objects (Table 1), and your own (T,D) "
@@ -1164,6 +1170,12 @@ def main(argv=None):
     chosen = args.features, args.objects
     data = Features(args.data, *chosen) if args.data else Planted(args.seed, *chosen)
     splits = make_splits(args, data) if args.data else data.splits
+    leaked = sorted({data.ids[i] for _, test in splits for i in test} & data.tuned_on()) if args.data else []
+    if leaked and not args.allow_leak:
+        raise InputError(f"{args.data}: its backbones were tuned on {len(leaked)} of the validation videos: "
+                         f"{', '.join(leaked[:3])}{', ...' if len(leaked) > 3 else ''}; tune on this split's training "
+                         "list alone, or have every number marked: --allow-leak")
+    args.mark = "  LEAKED" if leaked else ""
     runs = range(max(args.runs, len(splits)))
     existing = [str(p) for i in runs if args.out and (p := Path(args.out, f"run{i}.pt")).exists()]
     if existing and not args.resume:
@@ -1184,7 +1196,7 @@ def main(argv=None):
     else:
         results = protocol(data, splits, args)
         if args.rank == 0:
-            report(results, data)
+            report(results, data, args.mark)
     if args.world > 1:
         torch.distributed.destroy_process_group()
 

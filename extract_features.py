@@ -2,6 +2,7 @@
 
     python extract_features.py videos/ feats/            # videos/<class>/<stem>.mp4 -> feats/<class>/<stem>.npz
     python extract_features.py videos/ feats/ --no-flow --detector fasterrcnn_mobilenet_v3_large_320_fpn    # on a CPU
+    python extract_features.py videos/ feats/ --finetune videos/trainlist01.txt     # tunes the backbones first (4.1)
 
 One .npz a video, T sampled frames, readable with numpy alone:
 
@@ -36,11 +37,12 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 from torchvision.models import detection, resnet18, resnet50
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
+
+from dfan import SUFFIXES, InputError, load_checkpoint, read_list, save
 
 try:
     import cv2
@@ -51,8 +53,11 @@ except ImportError as missing:
 
 VERSION = 1                                # of the .npz layout
 EVERY, K = 8, 16                           # "one frame [...] at every eight frames" (4.1), "K = 16" (3.2.1)
-SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts"}
 PAIRS, BOUND = 5, 20                       # TSN's flow input: five fields, clipped to +-20 pixels
+
+IMAGES = dict(action_rgb="rgb", action_flow="flow", scene="scene")            # network -> its images in a sample
+IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]                  # mean, standard deviation
+NORMALISATION = dict(action_rgb=IMAGENET, action_flow=([128.], [128.]), scene=IMAGENET)
 
 OPENMMLAB = ("https://download.openmmlab.com/mmaction/", "https://openmmlab.oss-accelerate.aliyuncs.com/mmaction/")
 TSN_RGB = "tsn_imagenet-pretrained-r50_8xb32-1x1x8-100e_kinetics400-rgb"
@@ -63,6 +68,9 @@ DETECTORS = {"fasterrcnn_resnet50_fpn_v2": detection.FasterRCNN_ResNet50_FPN_V2_
              "fasterrcnn_mobilenet_v3_large_320_fpn": detection.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1}
 COCO_80 = [i for i, name in enumerate(DETECTORS["fasterrcnn_resnet50_fpn_v2"].meta["categories"])
            if name not in ("__background__", "N/A")]          # 91 outputs, 80 of them classes
+# fine-tuning (4.1) after TSN; the numbers are not in the paper
+TUNED = ("action_rgb", "action_flow", "scene")
+SEGMENTS, KEPT, TUNING = 3, 8, dict(epochs=10, lr=1e-3, momentum=0.9, weight_decay=5e-4, batch=8)
 # file name -> (addresses, start of its SHA-256)
 FILES = {
     "action_rgb": (f"{TSN_RGB}_20220906-2692d16c.pth", "2692d16c",
@@ -74,10 +82,6 @@ FILES = {
               ["http://places2.csail.mit.edu/models_places365/"]),
     **{name: (w.url.rsplit("/", 1)[1], w.url.rsplit("-", 1)[1].removesuffix(".pth"), [w.url.rsplit("/", 1)[0] + "/"])
        for name, w in DETECTORS.items()}}
-
-
-class InputError(Exception):
-    """A failure that the user can mend: its one line names the file and the remedy; main() exits with status 2."""
 
 
 class VideoError(Exception):
@@ -110,14 +114,16 @@ def find_weights(network, folder):
             raise InputError(f"cannot download {name} ({failures[0]}); get it from "
                              f"{' or '.join(a + name for a in addresses)} by other means and name its folder with "
                              "--weights DIR")
-    sha256 = hashlib.sha256()
+    sha256 = hash_file(path)
+    if not sha256.startswith(prefix):
+        raise InputError(f"{path}: its SHA-256 is {sha256}, not the published {prefix}...; delete it and get it from "
+                         f"{addresses[0] + name}")
+    return path, sha256
+
+
+def hash_file(path):
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            sha256.update(block)
-    if not sha256.hexdigest().startswith(prefix):
-        raise InputError(f"{path}: its SHA-256 is {sha256.hexdigest()}, not the published {prefix}...; delete it and "
-                         f"get it from {addresses[0] + name}")
-    return path, sha256.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def load_strictly(model, path, rename=lambda key: key):
@@ -155,10 +161,10 @@ def build_detector(name):
 class Networks:
     """The networks of section 3.1 on one device; called with frames, returns their features.
 
-    weights: {network: path}, or a seed (int) for random weights.
+    weights: {network: path}, or a seed (int) for random weights; tuned: {network: state dict} in place of either.
     """
 
-    def __init__(self, names, weights, device):
+    def __init__(self, names, weights, device, tuned={}):
         self.device, self.models = device, {}
         if not isinstance(weights, dict):
             torch.manual_seed(weights)
@@ -180,21 +186,27 @@ class Networks:
                     nn.init.constant_(block.bn3.weight, 0.65)                     # features of size 1, not 15
             if name.startswith("action"):
                 model.fc = nn.Identity()                                          # pooled features (N,2048)
+            if name in tuned:
+                model.load_state_dict(tuned[name], strict=True)
             self.models["objects" if name in DETECTORS else name] = model.eval().to(device)
+
+    def input(self, name, images):
+        """What a network takes from its images (N,224,224,.) uint8: (N,.,224,224) float32, normalised."""
+        mean, std = NORMALISATION[name]
+        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float()
+        return (x - torch.tensor(mean, device=self.device).view(-1, 1, 1)) / torch.tensor(
+            std, device=self.device).view(-1, 1, 1)
 
     @torch.inference_mode()
     def __call__(self, samples):
         """samples: dicts of read_video. Returns float32 arrays action (N,2048), scene (N,365), objects (N,K,84)."""
-        def batch(name, mean, std):
-            x = torch.from_numpy(np.stack([s[name] for s in samples])).to(self.device)
-            x = x.permute(0, 3, 1, 2).float()
-            mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (mean, std))
-            return (x - mean) / std
+        def run(name):
+            return self.models[name](self.input(name, np.stack([s[IMAGES[name]] for s in samples])))
 
-        action = self.models["action_rgb"](batch("rgb", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+        action = run("action_rgb")
         if "action_flow" in self.models:
-            action = (action + self.models["action_flow"](batch("flow", [128.], [128.]))) / 2
-        scene = self.models["scene"](batch("scene", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+            action = (action + run("action_flow")) / 2
+        scene = run("scene")
         frames = [torch.from_numpy(s["frame"]).to(self.device).permute(2, 0, 1).float() / 255 for s in samples]
         return dict(action=action.cpu().numpy(), scene=scene.cpu().numpy(),
                     objects=detect(self.models["objects"], frames).cpu().numpy())
@@ -343,7 +355,7 @@ def find_videos(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(files):
             stem, suffix = os.path.splitext(name)
-            if name.startswith(".") or suffix.lower() not in SUFFIXES:
+            if name.startswith(".") or suffix.lower() not in SUFFIXES or suffix == ".npz":
                 continue
             parts = Path(place, name).relative_to(folder).parts
             if len(parts) < 2:
@@ -353,7 +365,7 @@ def find_videos(folder):
                 raise InputError(f"{videos[identity]} and {Path(place, name)} are both {identity}; rename one of them")
             videos[identity] = Path(place, name)
     if not videos:
-        raise InputError(f"{folder}: no video below it ({' '.join(sorted(SUFFIXES))}); it holds <class>/<name>.mp4")
+        raise InputError(f"{folder}: no video below it ({' '.join(SUFFIXES[:-1])}); it holds <class>/<name>.mp4")
     return dict(sorted(videos.items()))
 
 
@@ -402,6 +414,128 @@ class Progress:
         print(("\r\033[K" if sys.stdout.isatty() else "") + line, flush=True)
 
 
+# ======================================================================================================================
+# Fine-tuning: "the action and the scene feature extraction networks change the final classification layer and use the
+# training set for fine-tuning" (4.1)
+# ======================================================================================================================
+
+def keep_images(videos, folder, every, flow):
+    """For each training video its images at up to 2 KEPT evenly spaced samples, in folder/<class>/<stem>.npz.
+
+    They are decoded once and kept on disk, about 10 MB a video, until the tuning is over. Returns {identity: path}.
+    """
+    paths, progress = {identity: folder / f"{identity}.npz" for identity in videos}, Progress(len(videos))
+    todo = {identity: path for identity, path in videos.items() if not paths[identity].is_file()}
+    progress.done = len(videos) - len(todo)
+    for identity, path in todo.items():
+        kept, stride = [], 1
+        try:
+            for n, sample in enumerate(s for s in read_video(path, every, flow) if "end" not in s):
+                if n % stride == 0:
+                    kept.append({name: sample[name] for name in IMAGES.values() if name in sample})
+                    if len(kept) == 2 * KEPT:
+                        kept, stride = kept[::2], 2 * stride
+                progress.frames += 1
+        except VideoError as error:
+            raise InputError(f"{path}: {error}; take it off the list of --finetune") from error
+        write_features(paths[identity], {name: np.stack([s[name] for s in kept]) for name in kept[0]})
+        progress.done += 1
+        progress.show(f"tuning   images of {identity}")
+    return paths
+
+
+def tune(name, networks, paths, labels, classes, folder, seed):
+    """Trains one backbone, TSN's way: SEGMENTS frames of a video, their scores averaged; returns its state dict.
+
+    action_*: a C-way layer in place of the last; scene: one on the 365 outputs, which stay the features [R14].
+    Batch normalisation keeps its statistics. A checkpoint an epoch lies in folder; an interrupted tuning goes on.
+    """
+    backbone, device, path = networks.models[name], networks.device, folder / f"{name}.pt"
+    torch.manual_seed(seed)
+    layer = nn.Linear(365 if name == "scene" else 2048, len(classes)).to(device)
+    model = nn.Sequential(backbone, nn.Dropout(0. if name == "scene" else 0.5), layer)
+    optimizer = torch.optim.SGD(model.parameters(), **{k: TUNING[k] for k in ("lr", "momentum", "weight_decay")})
+    done, ids = 0, list(paths)
+    if path.exists():
+        saved = load_checkpoint(path)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["epoch"]
+    for epoch in range(done + 1, TUNING["epochs"] + 1):
+        rng, total, right = np.random.default_rng([seed, epoch]), 0., 0
+        torch.manual_seed(seed + epoch)                                            # of dropout
+        model[1].train()
+        order = rng.permutation(len(ids))
+        for start in range(0, len(ids), TUNING["batch"]):
+            batch, images = order[start:start + TUNING["batch"]], []
+            for i in batch:
+                with np.load(paths[ids[i]], allow_pickle=False) as f:
+                    kept = f[IMAGES[name]]
+                for part in np.array_split(np.arange(len(kept)), SEGMENTS):
+                    image = kept[rng.choice(part) if len(part) else rng.integers(len(kept))]
+                    if rng.random() < 0.5:                                         # mirrored: x flows the other way
+                        image = image[:, ::-1]
+                        if name == "action_flow":
+                            image = np.where(np.arange(2 * PAIRS) % 2 == 0, 255 - image, image)
+                    images.append(image)
+            y = torch.tensor([labels[ids[i]] for i in batch], device=device)
+            scores = model(networks.input(name, np.stack(images))).view(len(batch), SEGMENTS, -1).mean(1)
+            loss = nn.functional.cross_entropy(scores, y)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 20.)                      # as TSN does
+            optimizer.step()
+            total, right = total + loss.item() * len(batch), right + (scores.argmax(1) == y).sum().item()
+        save(path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch))
+        print(f"tuning   {name}  epoch {epoch}/{TUNING['epochs']}  loss {total / len(ids):.4f}  accuracy on the "
+              f"training videos {right / len(ids):.4f}", flush=True)
+    model.eval()
+    return {k.removeprefix("0."): v.cpu() for k, v in model.state_dict().items() if k.startswith("0.")}
+
+
+def finetune(args, videos, feats, names, weights, files, device):
+    """({network: tuned state dict}, the tuned networks' descriptions, the identities they were tuned on).
+
+    The weights lie in feats/finetuned.pt and are used again when list, settings and starting weights are the same.
+    """
+    ids = list(videos)
+    found, missing = read_list(args.finetune, ids)
+    if missing:
+        raise InputError(f"{args.finetune}: {len(missing)} listed videos are not in {args.videos}: "
+                         f"{', '.join(missing[:5])}; add them, or take them off the list")
+    train = sorted(ids[i] for i in found)
+    classes = sorted({identity.split("/", 1)[0] for identity in train})
+    tuned_names = [name for name in names if name in TUNED]
+    meta = dict(tuned_on=train, start={name: files[name] for name in tuned_names}, every=args.every, seed=args.seed,
+                tuning=TUNING | dict(segments=SEGMENTS, kept=KEPT))
+    path, folder = feats / "finetuned.pt", feats / ".finetuning"
+    if path.exists():
+        saved = load_checkpoint(path)
+        if saved["meta"] != meta:
+            raise InputError(f"{path}: tuned on another list or with other settings; choose another output folder")
+        print(f"tuning   {path} is used again")
+        states = saved["states"]
+    else:
+        started = folder / "meta.json"
+        if started.exists() and json.loads(started.read_text()) != meta:
+            raise InputError(f"{folder}: an interrupted tuning on another list or with other settings; delete it")
+        folder.mkdir(parents=True, exist_ok=True)
+        started.write_text(json.dumps(meta))
+        print(f"tuning   {', '.join(tuned_names)} on {len(train)} videos of {len(classes)} classes", flush=True)
+        images = keep_images({i: videos[i] for i in train}, folder, args.every, not args.no_flow)
+        networks = Networks(tuned_names, weights, device)
+        labels = {identity: classes.index(identity.split("/", 1)[0]) for identity in train}
+        states = {name: tune(name, networks, images, labels, classes, folder, args.seed) for name in tuned_names}
+        save(path, dict(states=states, meta=meta))
+        shutil.rmtree(folder)
+    sha256 = hash_file(path)
+    return states, {name: f"{path.name} sha256 {sha256}, from {files[name]}" for name in tuned_names}, train
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("videos", help="folder of <class>/<name>.mp4; its split lists (*.txt, *.list) are copied along")
@@ -411,6 +545,9 @@ def parse_args(argv=None):
     parser.add_argument("--detector", choices=DETECTORS, default="fasterrcnn_resnet50_fpn_v2",
                         help="for F_O (default: fasterrcnn_resnet50_fpn_v2); the mobilenet ones are bearable on a CPU")
     parser.add_argument("--weights", metavar="DIR", help="folder with weight files, where they cannot be downloaded")
+    parser.add_argument("--finetune", metavar="TRAINLIST",
+                        help="first tune the action and scene networks on these videos (4.1); dfan.py then refuses to "
+                             "validate on any of them")
     parser.add_argument("--random-weights", action="store_true", help="try the pipeline without weights; means nothing")
     parser.add_argument("--seed", type=int, default=0, help="of --random-weights (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="extract finished videos again")
@@ -436,19 +573,23 @@ def main(argv=None):
         found = {name: find_weights(name, args.weights) for name in names}
         weights, files = {name: path for name, (path, _) in found.items()}, {
             name: f"{path.name} sha256 {sha256}" for name, (path, sha256) in found.items()}
+    feats.mkdir(parents=True, exist_ok=True)
+    tuned, train = {}, None
+    if args.finetune:
+        tuned, described, train = finetune(args, videos, feats, names, weights, files, device)
+        files = files | described
     settings = dict(version=VERSION, every=args.every, K=K, networks=files,
-                    random_weights=args.seed if args.random_weights else None)
+                    random_weights=args.seed if args.random_weights else None, tuned_on=train)
     out = {identity: feats / f"{identity}.npz" for identity in videos}
     finished = [] if args.overwrite else [i for i in videos if is_finished(out[i], settings)]
     todo = {identity: path for identity, path in videos.items() if identity not in set(finished)}
-    feats.mkdir(parents=True, exist_ok=True)
     for path in sorted(Path(args.videos).iterdir()):
         if path.suffix in (".txt", ".list") and path.is_file():
             shutil.copyfile(path, feats / path.name)
     print(f"{len(videos)} videos, {len(finished)} finished before, {len(todo)} to do; device {device}", flush=True)
     if not todo:
         return 0
-    networks = Networks(names, weights, device)
+    networks = Networks(names, weights, device, tuned)
     progress, batches, failures = Progress(len(todo)), [], {}
     for identity, samples, outcome in ahead(read_videos(todo, args.every, not args.no_flow, args.batch)):
         if samples:
