@@ -1,11 +1,14 @@
 """Tests of dfan.py and extract_features.py: python -m pytest -q. The benchmark of the recurrence: python test_dfan.py.
+The readings of the paper that were not taken, on the planted set: python test_dfan.py --readings.
 
 The oracle below is written from the paper and from the README's readings [R1]-[R8], not from dfan.py: one video at a
 time, loops over t and i, float64, no identity used.
 """
+import concurrent.futures
 import hashlib
 import inspect
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -1087,5 +1090,112 @@ def benchmark(B=16, T=400, H=256, rounds=5):
           f"dfan.py / nn.LSTM {median['dfan.py'] / median['nn.LSTM']:.2f}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The readings that DFAN does not take, on the planted set: python test_dfan.py --readings
+# ----------------------------------------------------------------------------------------------------------------------
+
+class OverwritesAll(dfan.DFACell):
+    """(9) read as T numbers a frame: W_Tf maps S_t to the T positions, and frame t overwrites the whole series [R5]."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        T = dfan.Planted.T
+        self.W_Th, self.W_Tf = torch.nn.Linear(self.H, T, bias=False), torch.nn.Linear(self.W_Tf.in_features, T)
+
+    def project(self, F_A, F_S, F_O, valid):
+        one = self.W_Tf
+        self.W_Tf = torch.nn.Linear(one.in_features, 1)                # what the parent projects with it is not used
+        x = super().project(F_A, F_S, F_O, valid)
+        self.W_Tf, x.F_O, x.FF = one, F_O, torch.cat([F_A, F_S], -1)
+        x.all_T_in, x.all_valid = (v.unsqueeze(1).expand(-1, F_A.shape[1], -1, -1) for v in (x.T_in, valid))
+        return x
+
+    def forward(self, t, x, s):
+        y = type(s)()
+        self.objects_focus(t, x, s, y)
+        F_o_hat = (y.A_o.unsqueeze(-1) * x.F_O[t]).sum(1)
+        G_T = torch.tanh(self.W_Th(s.h2) + self.W_Tf(torch.cat([F_o_hat, x.FF[t]], -1)))
+        e = G_T.exp() * x.all_valid[t].squeeze(-1)
+        if self.training and t > 0:
+            mixed = e.clone()
+            mixed[:, t - 1] = self.beta * e[:, t - 1] + (1 - self.beta) * e[:, t]
+            mixed[:, t] = (1 - self.beta) * e[:, t - 1] + self.beta * e[:, t]
+            e = mixed
+        s.e, s.den = list(e.split(1, -1)), e.sum(-1, keepdim=True)
+        F_t = (e.unsqueeze(-1) * x.all_T_in[t]).sum(1) / s.den
+        s.h2, s.c2, _ = dfan.lstm(F_t + self.T_h(torch.cat([s.P, s.h2], -1)), s.c2)
+        y.logits = self.W_p(s.h2)
+        s.P = y.logits.softmax(-1)
+        return y
+
+
+class StartsEmpty(dfan.DFACell):
+    """The softmax (8) over the frames seen so far, in place of uniform weights before the first frame [R5]."""
+
+    def start(self, x, sum_T_in):
+        s = super().start(x, torch.zeros_like(sum_T_in))
+        s.e, s.den = [torch.zeros_like(v) for v in s.e], torch.zeros_like(s.den)
+        return s
+
+    def forward(self, t, x, s):
+        s.num, s.den = s.num + x.valid[t] * x.T_in[t], s.den + x.valid[t]
+        return super().forward(t, x, s)
+
+
+class MixesInTurn(dfan.DFACell):
+    """(10) read as a program: its second line takes what the first has written [R6]."""
+
+    def forward(self, t, x, s):
+        beta, self.beta = self.beta, 1.
+        y = super().forward(t, x, s)
+        self.beta = beta
+        if self.training and t > 0:
+            a, b = s.e[t - 1], s.e[t]
+            s.e[t - 1] = beta * a + (1 - beta) * b
+            s.e[t] = (1 - beta) * s.e[t - 1] + beta * b
+            s.num = s.num + (s.e[t - 1] - a) * x.T_in[t - 1] + (s.e[t] - b) * x.T_in[t]
+            s.den = s.den + s.e[t - 1] - a + s.e[t] - b
+        return y
+
+
+def last_frame_loss(logits, labels, lengths):
+    """Cross-entropy of the last frame's P_t alone [R7]."""
+    return torch.nn.functional.cross_entropy(logits[torch.arange(len(logits)), lengths - 1], labels)
+
+
+READINGS = {"ours": {}, "(9): T numbers a frame, all overwritten [R5]": dict(cell=OverwritesAll),
+            "(8): over the frames seen so far [R5]": dict(cell=StartsEmpty),
+            "(10): one line after the other [R6]": dict(cell=MixesInTurn),
+            "(10) left out: beta = 1 [R6]": dict(beta=1.),
+            "loss: the last frame alone [R7]": dict(loss=last_frame_loss)}
+
+
+def try_reading(name, seed):
+    """One run on the planted set under one reading: accuracy, time share, object share."""
+    change = READINGS[name]
+    args = dfan.parse_args(["--seed", str(seed), *(["--beta", str(change["beta"])] if "beta" in change else [])])
+    args.device, args.mark = "cpu", ""
+    torch.set_num_threads(1)
+    dfan.loss_fn = change.get("loss", dfan.loss_fn)
+    if "cell" in change:
+        net = type("Net", (dfan.DFAN,), dict(Cell=change["cell"], unroll=staticmethod(dfan.unroll)))
+        dfan.make_network = lambda shape, C, a: net(shape[0], shape[1], shape[3], a.hidden, C, a.beta)
+    data = dfan.Planted(seed)
+    result = dfan.run(0, data, *data.splits[0], args)
+    return [result["accuracy"], *(share for share, _, _ in result["focus"].values())]
+
+
+def readings(seeds=3):
+    print("reading, on the planted set: accuracy, time share (uniform 0.083), object share (uniform 0.125); "
+          f"mean +/- standard deviation, n = {seeds}")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), max_tasks_per_child=1,
+                                                mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = {name: [pool.submit(try_reading, name, seed) for seed in range(seeds)] for name in READINGS}
+        for name, futures in jobs.items():
+            values = np.array([f.result() for f in futures])
+            print(f"READING  {name:<46}" + "".join(
+                f"{m:8.3f} +/- {s:.3f}" for m, s in zip(values.mean(0), values.std(0, ddof=1))), flush=True)
+
+
 if __name__ == "__main__":
-    benchmark()
+    readings() if "--readings" in sys.argv else benchmark()
