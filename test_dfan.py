@@ -29,6 +29,14 @@ HERE = Path(__file__).resolve().parent
 BETA = 0.6
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """dfan.main sets one thread for the planted set; convolutions round otherwise with another number."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper, literally
 # ----------------------------------------------------------------------------------------------------------------------
