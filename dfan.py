@@ -818,6 +818,8 @@ def reproduce(data, splits, args):
     A cell's checkpoints lie in --out/<cell>/: a finished one is read back, an interrupted one goes on. results.json
     holds every cell. On the planted set the paper's numbers stand beside ours for their order alone.
     """
+    if args.reproduce in ("figure4", "all") and args.data and not (args.videos and Path(args.videos).is_dir()):
+        raise InputError(f"--videos {args.videos or ''}: no folder; figure4 needs that which extract_features.py read")
     column = 0 if args.dataset == "videoemotion" else 1
     stored = data.widths["objects"][0]
     path, done = Path(args.out, "results.json"), {}
@@ -970,8 +972,6 @@ def draw_confusion(confusion, classes):
 
 def figure4(data, test, args, checkpoint):
     """One picture a class: its first validation video, under the dual network of run 0. Yields a line each."""
-    if args.data and not args.videos:
-        raise InputError("--reproduce figure4: needs --videos, the folder that extract_features.py read")
     data.choose(FEATURES, None)
     model = make_network(data.shape, len(data.classes), argparse.Namespace(**vars(args) | dict(fusion="dual")))
     model.load_state_dict(load_checkpoint(checkpoint)["model"])
@@ -1136,6 +1136,8 @@ def parse_args(argv=None):
         parser.error("--seed: must be a whole number from 0 to 2147483647")
     if args.out is None and (args.data or args.reproduce):
         args.out = "out"
+    if args.reproduce and (args.features != ",".join(FEATURES) or args.fusion or args.objects):
+        parser.error("--reproduce: sets --features, --fusion and --objects itself")
     args.runs = args.runs or (5 if args.reproduce and not args.data else 1)
     args.features = tuple(name for name in args.features.split(",") if name)
     if not args.features or len(set(args.features)) < len(args.features):

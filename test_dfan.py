@@ -537,7 +537,7 @@ def test_subsets_run_and_what_cannot_is_refused(tmp_path, capsys):
                        (["--features", "action,short"], "disagree"), (["--features", "flat"], "disagree")):
         assert word in error_of("--data", feats, *argv, "--out", tmp_path / "x")
     for argv in (["--features", ""], ["--features", "action,action"], ["--objects", "0"], ["--features", "audio"],
-                 ["--features", "action", "--fusion", "dual"]):
+                 ["--features", "action", "--fusion", "dual"], ["--reproduce", "table1", "--objects", "2"]):
         with pytest.raises(SystemExit):
             dfan.main(argv)
         assert argv[0] in capsys.readouterr().err
@@ -566,6 +566,7 @@ def test_reproduce_runs_each_cell_once_and_keeps_it(tmp_path, capsys, monkeypatc
     assert line[2] == "54.28" and line[3] == f"{ours:.2f}" and line[6] == f"{ours - 54.28:+.2f}"
     capsys.readouterr()
     assert "--videos" in error_of(*argv, "figure4")
+    assert "--videos" in error_of(*argv, "all", "--videos", tmp_path / "nowhere")
 
 
 def test_the_papers_figure_3_and_its_headline():
