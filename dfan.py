@@ -1,8 +1,9 @@
 """Dual Focus Attention Network for Video Emotion Recognition (Qiu, He, Wang; ICME 2020), whole, in one script.
 
-    python dfan.py                                        # no data: a built-in planted set, about a minute on two cores
+    python dfan.py                                        # no data: a built-in planted set, a minute and a half
     python dfan.py --data feats/ --dataset ekman          # one fixed split (4.1)
     python dfan.py --data feats/ --dataset videoemotion   # ten random 2/3-1/3 splits, mean accuracy (4.1)
+    python dfan.py --data feats/ --reproduce table1       # a table or figure of section 4, beside the paper's numbers
 
 feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of a video:
 
