@@ -545,7 +545,7 @@ class Planted(Videos):
         return {name: torch.from_numpy(v.astype(np.float32)) for name, v in zip(FEATURES, self.draw(i, epoch))}
 
 
-SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts", ".npz")
+SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts")
 
 
 def read_list(path, ids):
@@ -568,7 +568,7 @@ def read_list(path, ids):
         *name, label = line.rsplit(None, 1)
         name = name[0] if name and label.isdigit() else line
         candidates = [c for n in (line, name)
-                      for c in (n, n[:n.rindex(".")] if n.lower().endswith(SUFFIXES) else n)]
+                      for c in (n, n[:n.rindex(".")] if n.lower().endswith((*SUFFIXES, ".npz")) else n)]
         hit = next((position[c] for c in candidates if c in position), None)
         if hit is None:
             same = next((stems[c] for c in candidates if c in stems), [])

@@ -355,7 +355,7 @@ def find_videos(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(files):
             stem, suffix = os.path.splitext(name)
-            if name.startswith(".") or suffix.lower() not in SUFFIXES or suffix == ".npz":
+            if name.startswith(".") or suffix.lower() not in SUFFIXES:
                 continue
             parts = Path(place, name).relative_to(folder).parts
             if len(parts) < 2:
@@ -365,7 +365,7 @@ def find_videos(folder):
                 raise InputError(f"{videos[identity]} and {Path(place, name)} are both {identity}; rename one of them")
             videos[identity] = Path(place, name)
     if not videos:
-        raise InputError(f"{folder}: no video below it ({' '.join(SUFFIXES[:-1])}); it holds <class>/<name>.mp4")
+        raise InputError(f"{folder}: no video below it ({' '.join(SUFFIXES)}); it holds <class>/<name>.mp4")
     return dict(sorted(videos.items()))
 
 
