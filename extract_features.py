@@ -549,7 +549,7 @@ def parse_args(argv=None):
                         help="first tune the action and scene networks on these videos (4.1); dfan.py then refuses to "
                              "validate on any of them")
     parser.add_argument("--random-weights", action="store_true", help="try the pipeline without weights; means nothing")
-    parser.add_argument("--seed", type=int, default=0, help="of --random-weights (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of --random-weights and --finetune (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="extract finished videos again")
     parser.add_argument("--batch", type=int, default=16, help="frames in a batch (default: 16)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
