@@ -1057,7 +1057,7 @@ def draw_attention(title, A_T, seconds, shown, frames, boxes, A_o):
     cv2.line(image, (left, uniform), (right, uniform), GREY, 1)
     curve = np.array([place(t, v) for t, v in enumerate(A_T)], np.int32)
     cv2.polylines(image, [curve], False, BLUE, 2, cv2.LINE_AA)
-    write(image, "A_T", 10, bottom)
+    write(image, "A_T", 10, bottom + 22)
     write(image, "uniform", 10, uniform + 4, 0.4)
     write(image, f"{1 / len(A_T):.4f}", 10, uniform + 18, 0.4)
     for n in range(6):
