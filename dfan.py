@@ -4,35 +4,43 @@
     python dfan.py --data feats/ --dataset ekman          # one fixed split (4.1)
     python dfan.py --data feats/ --dataset videoemotion   # ten random 2/3-1/3 splits, mean accuracy (4.1)
     python dfan.py --data feats/ --reproduce table1       # a table or figure of section 4, beside the paper's numbers
+    python dfan.py --predict clip.mp4 --checkpoint out/run0.pt      # your own video: which emotion, when and where
 
 feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of a video:
 
-          F_o (K objects) ---> mean ---> LSTM.S ---h1---> O.Focus: A_o over the K objects  (1)-(4)
-             |                             ^                 |
-             +-----------------------------|--- weighted --> F_o_hat
-                                        h2 of t-1            |
-          F_A, F_S (action, scene) --------|-----------> S_t = [F_o_hat; F_A; F_S]
-             |                             |                 |
-          FF = [F_A; F_S] of all frames    +----------> T.Focus: entry t of A_T over the T frames  (8), (9)
-             |                             |                 |
-             +--- weighted by A_T --- F_t (7) ---> LSTM.T ---h2---> P_t, the emotion at t  (5), (6)
-                                       P of t-1 ---^
+      F_o (K objects) --> mean --> LSTM.S --h1--> O.Focus: A_o over the K objects  (1)-(4)
+         |                           ^               |
+         +---------------------------|--- weighted --> F_o_hat
+                                h2 of t-1            |
+      F_A, F_S (action, scene) ----------------> S_t = [F_o_hat; F_A; F_S]
+         |                                           |
+      FF = [F_A; F_S] of all frames              T.Focus: entry t of A_T over the T frames  (8), (9)  <-- h2 of t-1
+         |                                           |
+         +-- weighted by A_T <-----------------------+
+                |
+               F_t (7) --> LSTM.T --h2--> P_t, the emotion at t  (5), (6)
+                             ^
+                     P and h2 of t-1
 
 How to read it. Tensors of section 3 keep the paper's letters: capital O is the whole video, small o one frame; hat and
 bar are suffixes; the blackboard-bold F (action and scene together) is FF. A line that computes the left-hand side of
-an equation ends in its number, (1) to (10). [R1] to [R15] are rows of the README's table "Where the paper is silent or
-ambiguous". Text in double quotes is the paper's. Code counts frames from 0, the paper from 1.
+an equation bears its number, (1) to (10). [R1] to [R15] are rows of the README's table "Where the paper is silent or
+ambiguous". What is quoted with a section, as (3.2), is the paper's text. Code counts frames from 0, the paper from 1.
 
     B videos in a batch   T frames (the longest of the batch)   K objects a frame   H hidden units   C emotions
     F_A (B,T,2048)   F_S (B,T,365)   F_O (B,T,K,84)   FF (B,T,2413)   A_o (B,T,K)   A_T (B,T)   P (B,T,C)
 """
 import argparse
 import concurrent.futures
+import csv
 import hashlib
+import io
 import json
 import os
 import pickle
+import re
 import sys
+import time
 import types
 import zipfile
 import zlib
@@ -43,7 +51,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")      # the same numbers for any
 import numpy as np
 import sklearn
 import torch
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import average_precision_score, confusion_matrix
 from sklearn.model_selection import StratifiedShuffleSplit
 from torch import nn
 
@@ -90,8 +98,8 @@ class DFACell(nn.Module):
 
     `forward` is one frame. Each linear map of a feature is applied to the whole video before the loop (`project`); by
     linearity that is exact: the sum over i of A_Ti times W FF_i equals W times the sum. (7) and (8) are a ratio of two
-    running sums, with e_i = exp(G_Ti): num = sum of e_i FF_i (T_in applied) and den = sum of e_i; frame t changes entry
-    t alone.
+    running sums, with e_i = exp(G_Ti): num = sum of e_i FF_i (T_in applied) and den = sum of e_i. Frame t changes entry
+    t alone, and in training (10) moves weight between t and t-1.
     """
 
     def __init__(self, d_action, d_scene, d_object, hidden, classes, beta=BETA):
@@ -109,7 +117,7 @@ class DFACell(nn.Module):
         self.W_Tf = nn.Linear(d_object + d_FF, 1)                 # (9)  on [F_o_hat; F_A; F_S]; its bias is b_T
 
     def project(self, F_A, F_S, F_O, valid):
-        """All that multiplies a feature, for all frames at once.
+        """All that multiplies a feature, for all frames at once; each product is named after its layer.
 
         F_A (B,T,2048), F_S (B,T,365), F_O (B,T,K,84), valid (B,T,1): 1 for a frame, 0 for padding.
         """
@@ -118,17 +126,17 @@ class DFACell(nn.Module):
             return nn.functional.linear(F_A, W_A, bias).add_(F_S @ W_S.T)
 
         there, F_O_bar = objects_there(F_O), mean_object(F_O)                            # (B,T,K), (B,T,84)
-        W_Tf_object, W_Tf_FF = self.W_Tf.weight.split([self.d_object, F_A.shape[-1] + F_S.shape[-1]], -1)
+        W_object, W_FF = self.W_Tf.weight.split([self.d_object, F_A.shape[-1] + F_S.shape[-1]], -1)
         return types.SimpleNamespace(
             S_in=self.S_in(F_O_bar),                                                     # (4)  (B,T,4H)
             W_of=self.W_of(F_O).squeeze(-1),                                             # (3)  (B,T,K)
-            W_Tf_object=F_O @ W_Tf_object[0],                                            # (1) in (9)  (B,T,K)
-            W_Tf_FF=on_FF(W_Tf_FF, self.W_Tf.bias),                                      # (9)  (B,T,1)
+            W_Tf_object=F_O @ W_object[0],                                               # (1) in (9)  (B,T,K)
+            W_Tf_FF=on_FF(W_FF, self.W_Tf.bias),                                         # (9)  (B,T,1)
             T_in=on_FF(self.T_in.weight, self.T_in.bias),                                # (7)  (B,T,4H)
             valid=valid, absent=torch.where(there, 0., -1e4))                            # (2)  exp(-1e4) = 0
 
     def start(self, x, sum_T_in):
-        """The state before frame 0: zeros, P_0 = 0 [R4] and G_T = 0, that is, uniform attention over the video [R5].
+        """The state before the first frame: zeros, its P too [R4], and G_T = 0, that is, uniform attention [R5].
 
         x: as in `forward`; sum_T_in (B,4H): the sum of T_in over the video's frames.
         """
@@ -151,9 +159,9 @@ class DFACell(nn.Module):
         Returns a namespace: logits (B,C), the input of softmax (5), A_o (B,K), and what the gradient needs.
         """
         y = types.SimpleNamespace(mix=None)
-        F_o_hat = self.objects_focus(t, x, s, y)
+        W_Tf_F_o_hat = self.objects_focus(t, x, s, y)
         # --- Time Series Focus (3.2.2)
-        y.G_t = torch.tanh(self.W_Th(s.h2) + F_o_hat + x.W_Tf_FF[t])                     # (9)   (B,1)  entry t [R5]
+        y.G_t = torch.tanh(self.W_Th(s.h2) + W_Tf_F_o_hat + x.W_Tf_FF[t])                # (9)   (B,1)  entry t [R5]
         y.e_t = y.G_t.exp() * x.valid[t]                                                 # (8)   A_Tt = e_t / den
         s.num = s.num + (y.e_t - x.valid[t]) * x.T_in[t]                                 # (7)   (B,4H) e_t was 1
         s.den = s.den + (y.e_t - x.valid[t])                                             # (8)   (B,1)
@@ -163,7 +171,7 @@ class DFACell(nn.Module):
         y.logits = self.W_p(s.h2)                                                        # (5)   (B,C)
         s.P = torch.softmax(y.logits, -1)                                                # (5)   (B,C)
         y.h1, y.h2, y.P = s.h1, s.h2, s.P
-        # --- attention scrambler: "during the training stage", "mixed after each prediction"
+        # --- attention scrambler: "during the training stage", "mixed after each prediction" (3.2.2)
         s.e[t] = y.e_t
         if self.training and t > 0:
             y.mix = (1 - self.beta) * x.valid[t] * (s.e[t] - s.e[t - 1])                 # den, the sum, stays
@@ -317,10 +325,10 @@ class TimeFocusCell(DFACell):
         self.d_object, self.W_Tf = d_object, nn.Linear(d_object + d_action + d_scene, 1)        # d_object 0: no objects
 
     def project(self, F_A, F_S, F_O, valid):
-        W_Tf_object, W_Tf_FF = self.W_Tf.weight.split([self.d_object, F_A.shape[-1] + F_S.shape[-1]], -1)
+        W_object, W_FF = self.W_Tf.weight.split([self.d_object, F_A.shape[-1] + F_S.shape[-1]], -1)
         FF = torch.cat([F_A, F_S], -1)
         return types.SimpleNamespace(
-            W_Tf_object=mean_object(F_O) @ W_Tf_object.T, W_Tf_FF=FF @ W_Tf_FF.T + self.W_Tf.bias,      # (9)  (B,T,1)
+            W_Tf_object=mean_object(F_O) @ W_object.T, W_Tf_FF=FF @ W_FF.T + self.W_Tf.bias,            # (9)  (B,T,1)
             T_in=self.T_in(FF), valid=valid, A_o=uniform_attention(objects_there(F_O), F_O))
 
     def objects_focus(self, t, x, s, y):
@@ -386,8 +394,11 @@ def vote(P, lengths):
 # Data: feature files, split lists (4.1), the planted set
 # ======================================================================================================================
 
+DAMAGED = (ValueError, TypeError, EOFError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
+
 def read_features(path, names):
-    """{name: array} in float32, objects (T,K,D), others (T,D), and the settings (JSON, "" if none) of one .npz file.
+    """{name: array} in float32, objects (T,K,D), others (T,D), and the settings (JSON, "{}" if none) of one .npz file.
 
     Raises InputError, naming the file, if it is truncated, holds pickles, lacks an array, holds NaN or infinity, or if
     its arrays disagree in length.
@@ -399,8 +410,9 @@ def read_features(path, names):
             if missing:
                 raise InputError(f"{path}: no array {', '.join(missing)} in it; {redo}")
             F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
-            settings = str(f["settings"]) if "settings" in f.files else ""
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            settings = str(f["settings"]) if "settings" in f.files else "{}"
+            dict(json.loads(settings))
+    except DAMAGED as error:
         raise InputError(f"{path}: truncated, or no plain .npz file ({error}); {redo}") from error
     wrong = any(v.dim() != (3 if name == "objects" else 2) or len(v) == 0 for name, v in F.items())
     if wrong or len({len(v) for v in F.values()}) > 1:
@@ -412,11 +424,22 @@ def read_features(path, names):
     return F, settings
 
 
+def read_times(path):
+    """An .npz file's frames: their numbers among the decoded ones (T,), their time stamps (T,). Raises InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return f["frames"], f["seconds"]
+    except (KeyError, *DAMAGED) as error:
+        raise InputError(f"{path}: no frames and seconds to read in it ({error}); they tell when a frame is; see the "
+                         "README's table of the arrays") from error
+
+
 def as_inputs(F, K):
     """F_A, F_S, F_O of the network from {name: array} of the features in use and the number of objects (None: all).
 
     The first of the (T,D) arrays is F_A, the others together F_S, since only their concatenation FF counts; where
-    objects are the only feature, FF := F_O_bar [R10]. Objects lie by falling probability: the top K are the first.
+    objects are the only feature, FF := F_O_bar, in S_t too [R10]. Objects lie by falling probability: the first K are
+    the top K.
     """
     series = [v for name, v in F.items() if name != "objects"]
     T = len(next(iter(F.values())))
@@ -427,6 +450,7 @@ def as_inputs(F, K):
 
 class Videos:
     """A data set: ids ("class/stem"), labels, lengths, classes, widths {feature: its shape in a frame}."""
+    emotional, extraction = {}, None      # {position: its emotional frames (T,) bool}; what a checkpoint remembers
 
     def choose(self, features, K):
         """Sets the features in use, the number of objects K (None: all) and shape (d_action, d_scene, K, d_object)."""
@@ -472,6 +496,8 @@ class Features(Videos):
             self.lengths.append(len(next(iter(F.values()))))
             self.largest = max(self.largest, *(v.abs().mean().item() for v in F.values()))
             self.settings.setdefault(settings, path)
+        if len(self.settings) == 1 and settings != "{}":
+            self.extraction = dict(settings=settings, feats=str(folder))
         self.choose(features, K)
 
     def warnings(self):
@@ -479,7 +505,7 @@ class Features(Videos):
         if len(self.settings) > 1:
             two = list(self.settings.values())[:2]
             yield f"features made with different settings: {two[0]} and {two[1]}"
-        if any(s and json.loads(s).get("random_weights") is not None for s in self.settings):
+        if any(json.loads(s).get("random_weights") is not None for s in self.settings):
             yield "features of networks with RANDOM weights: they try the pipeline, their accuracy means nothing"
         if self.largest > 5:
             yield (f"features of mean size {self.largest:.1f}: above about 5 they saturate the LSTMs and nothing is "
@@ -487,7 +513,7 @@ class Features(Videos):
 
     def tuned_on(self):
         """The videos that the features' backbones were tuned on (extract_features.py --finetune)."""
-        return {identity for s in self.settings if s for identity in json.loads(s).get("tuned_on") or ()}
+        return {identity for s in self.settings for identity in json.loads(s).get("tuned_on") or ()}
 
     def arrays(self, i, epoch):
         return read_features(self.paths[i], self.features)[0]
@@ -512,6 +538,7 @@ class Planted(Videos):
         self.labels = [i % 6 for i in range(len(self.ids))]
         self.lengths = [self.T] * len(self.ids)
         self.splits = [(list(range(self.TRAIN)), list(range(self.TRAIN, len(self.ids))))]
+        self.emotional = {i: self.draw(i, 0)[3] for i in self.splits[0][1]}
         self.choose(features, K)
 
     def of_run(self, number):
@@ -555,7 +582,7 @@ def read_list(path, ids):
     optional. The label is not believed (lists count from 0 or from 1): the folder is the class.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")         # names may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a split list ({error})") from error
     position, stems = {name: i for i, name in enumerate(ids)}, {}
@@ -583,6 +610,41 @@ def read_list(path, ids):
     if not found and not missing:
         raise InputError(f"{path}: an empty split list")
     return list(found), missing
+
+
+def read_segments(path, data):
+    """{position: its frames in an annotated emotional segment (T,) bool}, and a line for each row that is skipped.
+
+    A CSV file with columns video, class/name.mp4, and key_segment_1, key_segment_2, ..., each empty or from-to in
+    minutes'seconds, as 0'3-0'10: the annotations published for Ekman-6. Raises InputError.
+    """
+    position, emotional, skipped = {name: i for i, name in enumerate(data.ids)}, {}, []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            reader = csv.DictReader(f)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a CSV file of segments ({error})") from error
+    columns = [c for c in reader.fieldnames or () if c and c.startswith("key_segment")]
+    if not columns or "video" not in reader.fieldnames:
+        raise InputError(f"{path}: no columns video and key_segment_1 in its first line; they hold class/name.mp4 and "
+                         "ranges such as 0'3-0'10")
+    for number, row in rows:
+        video, ranges = (row["video"] or "").strip(), []
+        for cell in ((row[c] or "").strip() for c in columns):
+            match = re.fullmatch(r"(\d+)'(\d+)\s*-\s*(\d+)'(\d+)", cell)
+            start, end = (60 * int(m) + int(s) for m, s in (match.group(1, 2), match.group(3, 4))) if match else (1, 0)
+            if start <= end:
+                ranges.append((start, end))
+            elif cell:
+                skipped.append(f"{path}, line {number}: {cell} of {video} is no range m's-m's; skipped")
+        if not any((row[c] or "").strip() for c in columns):
+            skipped.append(f"{path}, line {number}: no segment of {video}; skipped")
+        stem = os.path.splitext(video)[0] if video.lower().endswith(SUFFIXES) else video
+        if ranges and stem in position:
+            seconds = read_times(data.paths[position[stem]])[1]
+            emotional[position[stem]] = np.any([(start <= seconds) & (seconds <= end) for start, end in ranges], 0)
+    return emotional, skipped
 
 
 def make_splits(args, data):
@@ -702,31 +764,62 @@ def scores(labels, emotions, classes):
                 confusion=confusion.tolist())
 
 
-def save(path, checkpoint):
-    """Writes the checkpoint beside its place and renames it, so that an interruption leaves the old one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def write_whole(path, content):
+    """Writes bytes beside their place, then renames: an interruption leaves the old file whole. Raises InputError."""
+    part = path.parent / f".{os.getpid()}.part"
     try:
-        torch.save(checkpoint, part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(".*.part"):                   # of a process that was killed
+            if time.time() - other.stat().st_mtime > 600:
+                other.unlink()
+        part.write_bytes(content)
         os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room or choose another folder, then give "
+                         "the command again: finished files are kept") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def load_checkpoint(path):
-    """The checkpoint (plain tensors and values: nothing in the file runs). Raises InputError if it is not one."""
+def save(path, checkpoint):
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+CHECKPOINT = ("model", "optimizer", "epoch", "settings", "extraction", "classes", "history")
+
+
+def load_checkpoint(path, entries=CHECKPOINT):
+    """The dict with these entries (plain tensors and values: nothing in the file runs). Raises InputError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: no checkpoint of dfan.py, or a damaged one; delete it to start this run "
-                         "anew") from error
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); it is a file that dfan.py writes into "
+                         "--out") from error
+    except (pickle.UnpicklingError, RuntimeError, KeyError, *DAMAGED) as error:
+        raise InputError(f"{path}: no checkpoint of this code, or a damaged one; delete it to start anew") from error
+    if not isinstance(saved, dict) or set(entries) - set(saved):
+        raise InputError(f"{path}: no checkpoint of this code (no {', '.join(entries)} in it); delete it to start anew")
+    return saved
+
+
+def restore(saved, path, device):
+    """The network of a checkpoint. Raises InputError."""
+    try:
+        settings = argparse.Namespace(**saved["settings"])
+        model = make_network(settings.shape, len(saved["classes"]), settings)
+        model.load_state_dict(saved["model"])
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: its tensors do not fit its settings ({' '.join(str(error).split())[:200]}); train "
+                         "again") from error
+    return model.to(device).eval()
 
 
 def run(number, data, train, test, args):
     """Trains and evaluates one split; returns the scores of the LAST epoch, "best" (accuracy, epoch) beside them.
 
-    The run's seed is --seed plus its number. With --out, run<number>.pt holds model, optimizer, epoch, settings,
-    classes and history after each epoch.
+    The run's seed is --seed plus its number. With --out, run<number>.pt holds the entries CHECKPOINT after each epoch.
     """
     seed, path = args.seed + number, args.out and Path(args.out, f"run{number}.pt")
     settings = {k: getattr(args, k) for k in ("hidden", "lr", "batch", "clip", "beta", "fusion")} | dict(
@@ -754,22 +847,50 @@ def run(number, data, train, test, args):
         history.append(dict(loss=loss, **scores(y, emotions, data.classes)))
         if path:
             save(path, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, settings=settings,
-                            classes=data.classes, history=history))
+                            extraction=data.extraction, classes=data.classes, history=history))
         print(f"run {number}  epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  "
               f"accuracy {history[-1]['accuracy']:.4f}  macro {history[-1]['macro']:.4f}{args.mark}", flush=True)
     best = max(range(len(history)), key=lambda i: history[i]["accuracy"])
-    focused = {} if args.data else dict(focus=focus(model, data, test, args))
-    return history[-1] | dict(best=(history[best]["accuracy"], best + 1), seed=seed) | focused
+    result = history[-1] | dict(best=(history[best]["accuracy"], best + 1), seed=seed)
+    if data.emotional:
+        _, attentions = evaluate(model, data, test, args)
+        result["localisation"] = localisation(data, test, attentions)
+        if not args.data:
+            result["focus"] = focus(data, test, attentions)
+    return result
 
 
-def focus(model, data, test, args):
+def localisation(data, test, attentions):
+    """How well A_T finds the emotional frames, which figure 4 shows and the paper does not measure.
+
+    {measure: (A_T, uniform attention, centre prior)}, the means over those validation videos that have frames inside
+    and outside, and their number, "videos". The centre prior is as steep as A_T can be: exp(G) with G falling from 1 in
+    the middle to -1 at both ends. Several frames that are the most attended: the hit rate counts the share inside.
+    """
+    rows = []
+    for i, (A_T, _) in zip(test, attentions):
+        inside = data.emotional.get(i, np.zeros(1))
+        if inside.min() < inside.max():
+            T = len(A_T)
+            centre = np.exp(1 - 2 * np.linspace(-1, 1, T) ** 2)
+            rows.append([(average_precision_score(inside, A), A[inside].sum() / A.sum(), inside[A == A.max()].mean())
+                         for A in (A_T, np.full(T, 1 / T), centre)])
+    if not rows:
+        return dict(videos=0)
+    return dict(videos=len(rows)) | dict(zip(MEASURES, np.mean(rows, 0).T.tolist()))
+
+
+MEASURES = ("average precision over frames", "share of attention inside", "most attended frame inside")
+
+
+def focus(data, test, attentions):
     """Where the planted set's attentions are: (share, uniform share, limit) on the true frames and on the key objects.
 
     G is a tanh, so no weight exceeds another by more than e^2: m wanted of N get at most m e / (m e + (N - m) / e).
     """
     limit = lambda m, n: m * np.e / (m * np.e + (n - m) / np.e)
     time, objects = [], []
-    for i, (A_T, A_o) in zip(test, evaluate(model, data, test, args)[1]):
+    for i, (A_T, A_o) in zip(test, attentions):
         planted, key = data.draw(i, 0)[3:]
         time.append(A_T[planted].sum())
         if A_o.shape[1]:
@@ -804,13 +925,13 @@ FUSIONS = {"max": "Max. Pool", "avg": "Avg. Pool", "time": "T.Focus", "dual": "T
 TABLE3 = {"Jiang et al. (Visual Only)": (41.90, None), "Jiang et al. (Visual+Audio)": (46.10, None),
           "ITE": (43.80, 50.90), "Content Fusion Network": (50.60, 51.80), "Kernelized Feature": (49.70, 54.40),
           "Concept Selection": (51.48, 55.62)}
-FIGURE2 = (2, 4, 8, 16)                        # objects a frame; the paper draws bars without numbers, the best at 4
+FIGURE2 = (2, 4, 8, 16)                        # objects a frame; the text gives no numbers, only the best, 4
 EMOTIONS = {"videoemotion": "anger anticipation disgust fear joy sadness surprise trust",
             "ekman": "anger disgust fear joy sadness surprise"}
 FIGURE3 = {                                    # rows: the true emotion, in the order of EMOTIONS; in %
     "videoemotion": "50 1 4 25 1 1 21 1, 6 8 20 8 8 10 42 6, 0 0 65 12 6 3 15 1, 6 1 4 66 9 9 4 2, 2 0 2 9 67 4 18 0, "
                     "1 1 14 18 7 58 4 0, 1 1 1 7 5 0 86 1, 7 0 3 10 17 3 41 17",
-    "ekman": "51 9 13 3 8 19, 3 54 18 5 5 14, 7 7 59 6 10 11, 3 4 9 54 6 23, 2 9 10 7 53 20, 11 4 5 8 5 64"}
+    "ekman": "51 9 13 3 8 19, 3 54 18 5 5 14, 7 7 59 6 10 11, 3 4 9 54 6 23, 2 9 10 7 53 20, 11 4 5 8 6 64"}
 REPRODUCE = ("table1", "table2", "table3", "figure2", "figure3", "figure4")
 GREEN, BLUE, BLACK, GREY, WHITE = (0, 200, 0), (220, 90, 30), (30, 30, 30), (150, 150, 150), (255, 255, 255)  # BGR
 
@@ -819,7 +940,7 @@ def reproduce(data, splits, args):
     """Runs the cells (features, fusion, K) that --reproduce needs, each once, and prints and draws what they show.
 
     A cell's checkpoints lie in --out/<cell>/: a finished one is read back, an interrupted one goes on. results.json
-    holds every cell. On the planted set the paper's numbers stand beside ours for their order alone.
+    holds every cell. On the planted set the paper's numbers (Ekman's) stand beside ours for their order alone.
     """
     if args.reproduce in ("figure4", "all") and args.data and not (args.videos and Path(args.videos).is_dir()):
         raise InputError(f"--videos {args.videos or ''}: no folder; figure4 needs that which extract_features.py read")
@@ -838,18 +959,16 @@ def reproduce(data, splits, args):
             done[name] = protocol(data, splits, cell_args)
             if args.rank == 0:
                 kept = json.loads(path.read_text()) if path.exists() else {}
-                part = path.with_name(f".results.{os.getpid()}.part")
-                part.write_text(json.dumps(kept | {name: dict(
+                write_whole(path, json.dumps(kept | {name: dict(
                     dataset=args.dataset if args.data else "planted", accuracy=mean_std(done[name], "accuracy"),
-                    macro=mean_std(done[name], "macro"), runs=done[name])}, indent=1))
-                os.replace(part, path)
+                    macro=mean_std(done[name], "macro"), runs=done[name])}, indent=1).encode())
         return done[name]
 
     def table(title, rows):
         """rows: (name, the paper's pair or None, results or None)."""
         lines.append(f"{title}, {args.dataset if args.data else 'the planted set (SYNTHETIC)'}: accuracy in %, "
-                     f"n = {max(args.runs, len(splits))}{args.mark}")
-        heads = ["the paper's", "ours", "difference", "ours, macro"]
+                     f"n = {max(args.runs, len(splits))}, up to {stored} objects a frame{args.mark}")
+        heads = [("VideoEmotion-8", "Ekman-6")[column] + "*", "ours", "difference", "ours, macro"]
         heads += [] if args.data else ["time share", "object share"]
         lines.append(f"  {'':<28}" + "".join(f"{head:>16}" for head in heads))
         for name, paper, results in rows:
@@ -861,6 +980,7 @@ def reproduce(data, splits, args):
                             in_percent(results, "macro")]
                 entries += [f"{np.mean([r['focus'][v][0] for r in results]):.3f}" for v in results[0].get("focus", {})]
             lines.append(f"  {name:<28}" + "".join(f"{v:>16}" for v in entries) + (args.mark if results else ""))
+        lines.append("  * as the paper prints it")
         for what, (_, uniform, limit) in (results or [{}])[0].get("focus", {}).items():
             lines.append(f"  {what}: uniform {uniform:.3f}, limit {limit:.3f}")
 
@@ -876,17 +996,18 @@ def reproduce(data, splits, args):
                   + [(FUSIONS[fusion], TABLE2[fusion], cell(fusion=fusion)) for fusion in ("time", "dual")])
         elif what == "figure2":
             bars = {K: cell(K=K) for K in FIGURE2 if K <= stored}
-            table("Figure 2", [(f"top {K} objects", TABLE2["dual"] if K == 16 else None, r) for K, r in bars.items()])
-            picture(args, "figure2.png", draw_bars({f"{K}": mean_std(r, "accuracy") for K, r in bars.items()}))
+            table("Figure 2", [(f"top {K} objects", None, r) for K, r in bars.items()])
+            image = draw_bars({f"{K}": mean_std(r, "accuracy") for K, r in bars.items()})
+            lines.append("picture  " + picture(args, "figure2.png", image))
         elif what == "figure3":
             confusion = np.mean([r["confusion"] for r in cell()], 0)
             table("Figure 3", [(FUSIONS["dual"], TABLE2["dual"], cell())])
             lines.extend(paper_confusion(data, splits, args))
-            picture(args, "figure3.png", draw_confusion(confusion, data.classes))
+            lines.append("picture  " + picture(args, "figure3.png", draw_confusion(confusion, data.classes)))
         elif what == "figure4":
             cell()
             checkpoint = Path(args.out, cell_name(FEATURES, "dual", stored), "run0.pt")
-            lines.extend(figure4(data, splits[0][1], args, checkpoint))
+            lines.extend([*figure4(data, splits[0][1], args, checkpoint), *localised(cell())])
     if args.rank == 0:
         print("\n".join([*lines, f"written  {path}"]))
 
@@ -919,12 +1040,11 @@ def paper_confusion(data, splits, args):
 
 
 def picture(args, name, image):
+    import cv2                                                         # for pictures alone: training needs no libGL
+    path = Path(args.out, name)
     if args.rank == 0:
-        import cv2                                                     # for pictures alone: training needs no libGL
-        path = Path(args.out, name)
-        if not cv2.imwrite(str(path), image):
-            raise InputError(f"{path}: cannot be written")
-        print(f"picture  {path}")
+        write_whole(path, cv2.imencode(".png", image)[1].tobytes())
+    return str(path)
 
 
 def write(image, text, x, y, size=0.5, colour=BLACK, centre=False):
@@ -976,25 +1096,25 @@ def draw_confusion(confusion, classes):
 def figure4(data, test, args, checkpoint):
     """One picture a class: its first validation video, under the dual network of run 0. Yields a line each."""
     data.choose(FEATURES, None)
-    model = make_network(data.shape, len(data.classes), argparse.Namespace(**vars(args) | dict(fusion="dual")))
-    model.load_state_dict(load_checkpoint(checkpoint)["model"])
-    model.to(args.device)
+    model = restore(load_checkpoint(checkpoint), checkpoint, args.device)
     firsts = [next(i for i in test if data.labels[i] == c) for c in range(len(data.classes))]
     emotions, attentions = evaluate(model, data, firsts, args)
     for i, emotion, (A_T, A_o) in zip(firsts, emotions, attentions):
-        boxes = data.load(i, 0)[2][..., -4:].numpy()
-        if args.data:
-            with np.load(data.paths[i], allow_pickle=False) as f:
-                numbers, seconds = f["frames"], f["seconds"]
-        else:
-            numbers = seconds = np.arange(len(A_T))
-        shown = [part[A_T[part].argmax()] for part in np.array_split(np.arange(len(A_T)), min(6, len(A_T)))]
-        frames = (video_frames(find_video(args.videos, data.ids[i]), numbers[shown]) if args.data
-                  else [np.full((240, 320, 3), 90, np.uint8)] * len(shown))
+        numbers, seconds = read_times(data.paths[i]) if args.data else [np.arange(len(A_T))] * 2
         title = f"{data.ids[i]}: predicted {data.classes[emotion]}"
-        name = "figure4-" + data.ids[i].replace("/", "-") + ".png"
-        picture(args, name, draw_attention(title, A_T, seconds, shown, frames, boxes[shown], A_o[shown]))
+        path = picture(args, "figure4-" + data.ids[i].replace("/", "-") + ".png", attention_picture(
+            title, A_T, A_o, data.load(i, 0)[2].numpy(), numbers, seconds,
+            find_video(args.videos, data.ids[i]) if args.data else None))
         yield f"  {title}; most attended at {seconds[A_T.argmax()]:.1f} s, {A_T.max() * len(A_T):.2f} times uniform"
+        yield f"picture  {path}"
+
+
+def attention_picture(title, A_T, A_o, F_O, numbers, seconds, video):
+    """Figure 4 of one video: the most attended frame of each sixth. video: its path, None for grey frames."""
+    shown = [part[A_T[part].argmax()] for part in np.array_split(np.arange(len(A_T)), min(6, len(A_T)))]
+    frames = video_frames(video, numbers[shown]) if video else [np.full((240, 320, 3), 90, np.uint8)] * len(shown)
+    boxes = F_O[shown, :, -4:] if F_O.shape[-1] == 84 else F_O[shown, :0]               # another detector's are unknown
+    return draw_attention(title, A_T, seconds, shown, frames, boxes, A_o[shown])
 
 
 def find_video(folder, identity):
@@ -1022,7 +1142,7 @@ def video_frames(path, numbers):
 
 
 def draw_attention(title, A_T, seconds, shown, frames, boxes, A_o):
-    """Figure 4: frames with their boxes, green, the more saturated the more attended, above the curve of A_T.
+    """Figure 4: frames with their boxes above the curve of A_T; full green is each frame's most attended box.
 
     A_T (T,), seconds (T,), shown: the frames' positions, frames (H,W,3) each, boxes (n,K,4) from 0 to 1, A_o (n,K).
     """
@@ -1068,8 +1188,117 @@ def draw_attention(title, A_T, seconds, shown, frames, boxes, A_o):
 
 
 # ======================================================================================================================
+# A video of one's own
+# ======================================================================================================================
+
+def predict(args):
+    """For each video or .npz of --predict: the emotion, the three most attended moments, the picture of figure 4.
+
+    A video is extracted with the settings that the checkpoint remembers. One that fails is reported and the next is
+    taken. Returns the exit status, 2 if any failed. Raises InputError.
+    """
+    sys.modules.setdefault("dfan", sys.modules[__name__])     # this very script is what extract_features imports
+    import extract_features
+    saved = load_checkpoint(args.checkpoint)
+    model, settings = restore(saved, args.checkpoint, args.device), saved["settings"]
+    made = json.loads(saved["extraction"]["settings"]) if saved["extraction"] else {}
+    say = lambda line: print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+    if made.get("random_weights") is not None:
+        say("WARNING  trained on features of networks with RANDOM weights: what follows means nothing")
+    networks, failed, stems = None, 0, [Path(source).stem for source in args.predict]
+    for source, stem in zip(args.predict, stems):
+        name = stem if stems.count(stem) == 1 else f"{Path(source).absolute().parent.name}-{stem}"
+        try:
+            path, video, warning = Path(source), source, ""
+            if not path.is_file():
+                raise InputError(f"{source}: no such file")
+            if path.suffix == ".npz":
+                video = find_video(args.videos, f"{path.absolute().parent.name}/{stem}") if args.videos else None
+            else:
+                if not made:
+                    raise InputError(f"{source}: {args.checkpoint} does not know how its features were made (the "
+                                     "planted set, arrays of your own, or mixed settings); give features, as .npz")
+                if networks is None:
+                    networks = extract_features.remembered(made, (args.weights, saved["extraction"]["feats"]),
+                                                           args.device)
+                path = Path(args.out, f"{name}.npz")
+                warning = extract_features.extract_one(source, path, networks, made)
+            F, other = read_features(path, settings["features"])
+            if made and other not in ("{}", saved["extraction"]["settings"]):
+                raise InputError(f"{source}: not made as the features of {args.checkpoint} were; give the video")
+            numbers, seconds = read_times(path)
+            F_A, F_S, F_O = as_inputs(F, settings["shape"][2])
+            shape = [F_A.shape[1], F_S.shape[1], *F_O.shape[1:]]
+            if shape != settings["shape"]:
+                raise InputError(f"{source}: widths of F_A, F_S, F_O {shape}, but {args.checkpoint} was trained on "
+                                 f"{settings['shape']}; give features of the same kind")
+            with torch.no_grad():
+                out = {k: v.cpu() for k, v in model(*(v[None].to(args.device) for v in (F_A, F_S, F_O))).items()}
+            A_T, A_o, F_O = out["A_T"][0].numpy(), out["A_o"][0].numpy(), F_O.numpy()
+            emotion = saved["classes"][vote(out["P"], torch.tensor([len(A_T)]))[0]]
+            sums = out["P"][0, -LAST_FRAMES:].sum(0).tolist()
+            found = dict(video=source, emotion=emotion, probabilities=dict(zip(saved["classes"], sums)), moments=[
+                dict(seconds=float(seconds[t]), frame=int(numbers[t]), attention=float(A_T[t]),
+                     times_uniform=float(A_T[t] * len(A_T)), objects=strongest(A_o[t], F_O[t], extract_features.NAMES))
+                for t in moments(A_T, seconds)], warning=warning, features=str(path))
+            found["picture"] = picture(args, f"{name}.png", attention_picture(
+                f"{source}: {emotion}", A_T, A_o, F_O, numbers, seconds, video))
+            print(json.dumps(found) if args.json else in_words(found, min(LAST_FRAMES, len(A_T))), flush=True)
+        except (InputError, extract_features.VideoError) as failure:
+            failed += 1
+            line = str(failure) if str(failure).startswith(str(source)) else f"{source}: {failure}"
+            if args.json:
+                print(json.dumps(dict(video=source, error=line)), flush=True)
+            print(f"dfan.py: {line}", file=sys.stderr, flush=True)
+    return 2 if failed else 0
+
+
+def moments(A_T, seconds, count=3):
+    """Positions of the most attended frames, strongest first, no two within a second (or a sixth of a short video)."""
+    apart, chosen = min(1., (seconds[-1] - seconds[0]) / 6), []
+    for t in (-A_T).argsort(kind="stable"):
+        if len(chosen) < count and all(abs(seconds[t] - seconds[c]) >= apart for c in chosen):
+            chosen.append(t)
+    return chosen
+
+
+def strongest(A_o, F_O, names, count=3):
+    """The most attended objects of a frame: A_o (K,), F_O (K,84), the names of its classes."""
+    chosen = [k for k in (-A_o).argsort(kind="stable") if A_o[k] > 0][:count]
+    if F_O.shape[-1] != 84:                                         # another detector's: not COCO's classes
+        return [dict(object=int(k), attention=float(A_o[k])) for k in chosen]
+    return [dict(name=names[F_O[k, :80].argmax()], probability=float(F_O[k, :80].max()), attention=float(A_o[k]),
+                 box=F_O[k, 80:].tolist()) for k in chosen]
+
+
+def in_words(found, voters):
+    sums = sorted(found["probabilities"].items(), key=lambda item: -item[1])
+    lines = [f"{found['video']}: {found['emotion']}",
+             f"  probability, summed over the last {voters} frames: " + ", ".join(f"{c} {v:.2f}" for c, v in sums)]
+    for m in found["moments"]:
+        objects = [f"{o.get('name', o.get('object'))} {o.get('probability', 0):.2f} (attention {o['attention']:.3f})"
+                   for o in m["objects"]]
+        lines.append(f"  {m['seconds']:7.1f} s  attention {m['times_uniform']:.2f} times uniform  {', '.join(objects)}")
+    lines += [f"  WARNING  {found['warning']}"] if found["warning"] else []
+    return "\n".join([*lines, f"  picture {found['picture']}, features {found['features']}"])
+
+
+# ======================================================================================================================
 # Command line
 # ======================================================================================================================
+
+def localised(results):
+    """The lines of `localisation`, their mean over the runs and its standard deviation."""
+    runs = [r["localisation"] for r in results if r.get("localisation", {}).get("videos")]
+    if runs:
+        yield (f"localisation  in {runs[0]['videos']} validation videos with emotional frames and others: A_T "
+               "(uniform attention, centre prior)")
+    for name in MEASURES if runs else ():
+        ours, uniform, centre = zip(*(r[name] for r in runs))
+        spread = f" +/- {np.std(ours, ddof=1):.3f}" if len(runs) > 1 else ""
+        yield (f"localisation  {name}: {np.mean(ours):.3f}{spread}  (uniform {np.mean(uniform):.3f}, centre "
+               f"{np.mean(centre):.3f})")
+
 
 def report(results, data, mark):
     """Prints the protocol's figures: each run, their mean and standard deviation, and the confusion matrix."""
@@ -1088,15 +1317,19 @@ def report(results, data, mark):
         print(f"  {name:<{width}}  " + "  ".join(f"{v:.2f}" for v in row))
     for name, (share, uniform, limit) in results[0].get("focus", {}).items():
         print(f"synthetic  {name}: {share:.3f}  (uniform {uniform:.3f}, limit {limit:.3f})")
+    for line in localised(results):
+        print(line)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     epilog="Without --data it runs on a built-in planted set.")
-    group = parser.add_argument_group("data")
+                                     usage="%(prog)s [options]",
+                                     epilog="Without --data and --predict it trains on a built-in planted set.",
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30))
+    group = parser.add_argument_group("data (4.1)")
     group.add_argument("--data", metavar="FEATS", help="folder that extract_features.py wrote")
     group.add_argument("--dataset", choices=("ekman", "videoemotion"), default="ekman",
-                       help="protocol of section 4.1: one fixed split, or ten 2/3-1/3 splits (default: ekman)")
+                       help="protocol: one fixed split, or ten 2/3-1/3 splits (default: ekman)")
     group.add_argument("--split", nargs="+", default=[], metavar=("TRAIN", "TEST"),
                        help="split lists, in pairs (default: trainlist01.txt testlist01.txt in FEATS; videoemotion: "
                             "drawn)")
@@ -1104,30 +1337,45 @@ def parse_args(argv=None):
     group.add_argument("--allow-missing", action="store_true", help="go on without listed videos that have no features")
     group.add_argument("--allow-leak", action="store_true", help="go on although the backbones were tuned on "
                        "validation videos; every number printed is marked")
-    group = parser.add_argument_group("from the paper")
+    group.add_argument("--segments", metavar="CSV", help="annotated emotional segments: how well does A_T find them in "
+                       "the validation videos? (figure 4)")
+    group = parser.add_argument_group("model of the paper")
     group.add_argument("--features", default=",".join(FEATURES), metavar="NAME,...",
-                       help="arrays of the .npz to use: any of action, scene, objects (Table 1), and your own (T,D) "
+                       help="arrays of the .npz to use: any of action, scene, objects (table 1), and your own (T,D) "
                             f"arrays (default: {','.join(FEATURES)})")
-    group.add_argument("--fusion", choices=("dual", "time", "avg", "max"), help="Table 2: T.Focus + O.Focus, T.Focus "
+    group.add_argument("--fusion", choices=("dual", "time", "avg", "max"), help="table 2: T.Focus + O.Focus, T.Focus "
                        "alone, or pooling of ten frames (default: dual; time where there are no objects)")
-    group.add_argument("--objects", type=int, metavar="K", help="objects a frame (Figure 2; default: all stored)")
+    group.add_argument("--objects", type=int, metavar="K", help="objects a frame (3.2.1, figure 2; default: all)")
     group.add_argument("--beta", type=float, default=BETA, help=f"of (10), in [0, 1] (3.2.2; default: {BETA})")
-    group = parser.add_argument_group("not in the paper (chosen here; the planted set's own value in brackets)")
+    group = parser.add_argument_group("training (not in the paper; defaults: with --data [on the planted set])")
     for name, kind in (("hidden", int), ("lr", float), ("batch", int), ("epochs", int), ("clip", float)):
         what = dict(hidden="hidden units H of both LSTMs", lr="learning rate of Adam", batch="videos in a batch",
                     epochs="passes over the training videos", clip="largest norm of the gradient")[name]
         group.add_argument(f"--{name}", type=kind, help=f"{what} (default: {NOT_IN_THE_PAPER[name]} [{PLANTED[name]}])")
-    group = parser.add_argument_group("output")
-    group.add_argument("--out", help="folder for checkpoints, run<number>.pt (default: out; the planted set: none)")
-    group.add_argument("--resume", action="store_true", help="go on with the checkpoints in --out")
-    group.add_argument("--runs", type=int, help="runs of different seeds with one split (default: 1; on the planted "
-                       "set with --reproduce 5; videoemotion has its ten)")
-    group.add_argument("--reproduce", choices=(*REPRODUCE, "all"), help="run what a table or figure of the paper "
-                       "needs, print it beside the paper's numbers, write results.json and pictures into --out")
-    group.add_argument("--videos", help="folder of the videos, for the frames of figure4")
+    group.add_argument("--runs", type=int, help="runs of different seeds with one split (default: 1 [with --reproduce "
+                       "5]; videoemotion has its ten)")
     group.add_argument("--seed", type=int, default=0, help="of run 0; run i uses seed + i (default: 0)")
     group.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", help="folder for checkpoints, run<number>.pt, tables and pictures (default: out; the "
+                       "planted set: none)")
+    group.add_argument("--resume", action="store_true", help="go on with the checkpoints in --out")
+    group.add_argument("--reproduce", choices=(*REPRODUCE, "all"), help="run what a table or figure of section 4 "
+                       "needs, print it beside the paper's numbers, write results.json and pictures")
+    group.add_argument("--videos", help="folder that was extracted, for the frames of figure 4")
+    group = parser.add_argument_group("a video of your own")
+    group.add_argument("--predict", nargs="+", metavar="FILE", help="videos, or .npz of extract_features.py: emotion, "
+                       "most attended moments and objects, picture")
+    group.add_argument("--checkpoint", metavar="FILE", help="the network, out/run0.pt; videos are extracted as its "
+                       "features were")
+    group.add_argument("--weights", metavar="DIR", help="folder with the backbones' weight files, where they are not "
+                       "in torch hub's cache")
+    group.add_argument("--json", action="store_true", help="print one JSON object a file")
     args = parser.parse_args(argv)
+    if bool(args.predict) != bool(args.checkpoint) or (args.weights or args.json) and not args.predict:
+        parser.error("--predict and --checkpoint go together; --weights and --json go with them")
+    if args.predict and (args.data or args.reproduce or args.segments or args.resume):
+        parser.error("--predict takes its network from --checkpoint; it does not train")
     for name, value in (NOT_IN_THE_PAPER if args.data else PLANTED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1137,7 +1385,7 @@ def parse_args(argv=None):
         parser.error("--beta: must be in [0, 1]")
     if not 0 <= args.seed < 2 ** 31:
         parser.error("--seed: must be a whole number from 0 to 2147483647")
-    if args.out is None and (args.data or args.reproduce):
+    if args.out is None and (args.data or args.reproduce or args.predict):
         args.out = "out"
     if args.reproduce and (args.features != ",".join(FEATURES) or args.fusion or args.objects):
         parser.error("--reproduce: sets --features, --fusion and --objects itself")
@@ -1156,12 +1404,13 @@ def parse_args(argv=None):
         parser.error("--runs: videoemotion has its ten")
     if args.resume and not args.out:
         parser.error("--resume: needs --out, the folder of the checkpoints")
-    if not args.data and (args.split or args.alternate_split or args.dataset != "ekman"):
-        parser.error("--dataset, --split and --alternate-split need --data")
+    if not args.data and (args.split or args.alternate_split or args.segments or args.dataset != "ekman"):
+        parser.error("--dataset, --split, --alternate-split and --segments need --data")
     return args
 
 
 def main(argv=None):
+    """Returns the exit status. Raises InputError."""
     args = parse_args(argv)
     args.rank, args.world, local = (int(os.environ.get(k, d))
                                     for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -1170,11 +1419,19 @@ def main(argv=None):
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})") from error
+    if args.predict:
+        return predict(args)
     if not args.data:
         torch.set_num_threads(1)                              # products this small lose by sharing
     chosen = args.features, args.objects
     data = Features(args.data, *chosen) if args.data else Planted(args.seed, *chosen)
     splits = make_splits(args, data) if args.data else data.splits
+    skipped = []
+    if args.segments:
+        data.emotional, skipped = read_segments(args.segments, data)
+        if not any(i in data.emotional for _, test in splits for i in test):
+            raise InputError(f"{args.segments}: no segment of any validation video in it; videos are class/name.mp4, "
+                             f"as {data.ids[splits[0][1][0]]}.mp4")
     leaked = sorted({data.ids[i] for _, test in splits for i in test} & data.tuned_on()) if args.data else []
     if leaked and not args.allow_leak:
         raise InputError(f"{args.data}: its backbones were tuned on {len(leaked)} of the validation videos: "
@@ -1194,6 +1451,8 @@ def main(argv=None):
         paper = PAPER_COUNTS.get(args.dataset) if args.data else None
         print(f"split    train {len(splits[0][0])} / validation {len(splits[0][1])}"
               + (f" (the paper's Ekman: {paper[0]} / {paper[1]})" if paper else ""), flush=True)
+        for line in skipped:
+            print(f"segments {line}", flush=True)
     if args.world > 1:
         torch.distributed.init_process_group("gloo")
     if args.reproduce:
@@ -1204,14 +1463,29 @@ def main(argv=None):
             report(results, data, args.mark)
     if args.world > 1:
         torch.distributed.destroy_process_group()
+    return 0
+
+
+def command(main):
+    """Runs a script's main(): its failures become one line and an exit status."""
+    script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):                   # names that a terminal cannot show
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:                                   # as in `python dfan.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (InputError, OSError) as failure:                  # OSError: no permission, for instance; it names the file
+        print(f"{script}: {failure}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; what is finished is kept; go on with "
+              f"{'--resume' if script == 'dfan.py' else 'the same command'}", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as failure:          # OSError: a full disk, no permission; it names the file itself
-        print(f"dfan.py: {failure}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("dfan.py: interrupted; with --out, --resume goes on after the last finished epoch", file=sys.stderr)
-        sys.exit(130)
+    command(main)

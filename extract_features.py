@@ -21,6 +21,7 @@ for TV-L1, Faster R-CNN for Grid R-CNN (README, "What differs from the paper").
 import argparse
 import concurrent.futures
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -42,8 +43,12 @@ from torchvision.models import detection, resnet18, resnet50
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
 
-from dfan import SUFFIXES, InputError, load_checkpoint, read_list, save
+from dfan import DAMAGED, SUFFIXES, InputError, command, load_checkpoint, read_list, save, write_whole
 
+try:
+    import fcntl
+except ImportError:                        # Windows: two tunings at once are not kept apart
+    fcntl = None
 try:
     import cv2
 except ImportError as missing:
@@ -66,8 +71,9 @@ DETECTORS = {"fasterrcnn_resnet50_fpn_v2": detection.FasterRCNN_ResNet50_FPN_V2_
              "fasterrcnn_resnet50_fpn": detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
              "fasterrcnn_mobilenet_v3_large_fpn": detection.FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
              "fasterrcnn_mobilenet_v3_large_320_fpn": detection.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1}
-COCO_80 = [i for i, name in enumerate(DETECTORS["fasterrcnn_resnet50_fpn_v2"].meta["categories"])
-           if name not in ("__background__", "N/A")]          # 91 outputs, 80 of them classes
+COCO_91 = DETECTORS["fasterrcnn_resnet50_fpn_v2"].meta["categories"]
+COCO_80 = [i for i, name in enumerate(COCO_91) if name not in ("__background__", "N/A")]      # the rows of F_O
+NAMES = [COCO_91[i] for i in COCO_80]
 # fine-tuning (4.1) after TSN; the numbers are not in the paper
 TUNED = ("action_rgb", "action_flow", "scene")
 SEGMENTS, KEPT, TUNING = 3, 8, dict(epochs=10, lr=1e-3, momentum=0.9, weight_decay=5e-4, batch=8)
@@ -178,7 +184,8 @@ class Networks:
                 if name == "action_flow":
                     model.conv1 = nn.Conv2d(2 * PAIRS, 64, 7, stride=2, padding=3, bias=False)
             if isinstance(weights, dict):
-                load_strictly(model, weights[name], rename)
+                if name not in tuned:
+                    load_strictly(model, weights[name], rename)
             elif name in DETECTORS:
                 model.roi_heads.score_thresh = 0.                                 # random scores are all about 1/91
             elif name.startswith("action"):
@@ -264,7 +271,8 @@ def flow_fields(dis, greys):
     still = np.zeros((*greys[0].shape, 2), np.float32)
     fields = [dis.calc(a, b, None) for a, b in itertools.pairwise(greys)] or [still]
     fields += fields[-1:] * (PAIRS - len(fields))
-    flow = (np.concatenate(fields, -1).clip(-BOUND, BOUND) + BOUND) * (255 / (2 * BOUND))
+    fields = np.nan_to_num(np.concatenate(fields, -1), nan=0.)                             # DIS on a strip of 16 x 512
+    flow = (fields.clip(-BOUND, BOUND) + BOUND) * (255 / (2 * BOUND))
     return centre_crop(resize_short(np.round(flow).astype(np.uint8), 256))
 
 
@@ -275,6 +283,10 @@ def read_video(path, every, flow):
     pairs centred on the frame, shifted inwards at the ends of the video. The last dict is {"end": warning, or ""}.
     Raises VideoError.
     """
+    if not os.path.isfile(path):
+        raise VideoError("no file: a broken link, or something else of that name")
+    if not os.fsencode(path).decode(errors="ignore") == str(path):
+        raise VideoError("its name is not UTF-8, which crashes OpenCV; rename it")
     video = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
     try:
         if not video.isOpened():
@@ -333,6 +345,29 @@ def read_videos(videos, every, flow, batch):
         yield identity, None, outcome
 
 
+def extract(videos, networks, settings, batch=16, seen=lambda identity, n: None):
+    """Yields (identity, arrays of the .npz, warning or "") of each video, (identity, None, VideoError) if none come.
+
+    videos: {identity: path}; settings: what the files will say; seen(identity, frames) is told of each batch.
+    """
+    batches = []
+    for identity, samples, outcome in ahead(read_videos(videos, settings["every"],
+                                                        "action_flow" in settings["networks"], batch)):
+        if samples:
+            batches.append(networks(samples)
+                           | {k: np.array([s[k] for s in samples]) for k in ("number", "seconds", "fps")})
+            seen(identity, len(samples))
+            continue
+        if isinstance(outcome, VideoError):
+            yield identity, None, outcome
+        else:
+            F = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+            yield identity, dict(
+                **{k: F[k].astype(np.float16) for k in ("action", "scene", "objects")}, frames=F["number"],
+                seconds=F["seconds"], fps=F["fps"][0], settings=json.dumps(settings)), outcome
+        batches = []
+
+
 def ahead(iterator):
     """The same items; a thread makes the next while this one is used."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -374,7 +409,7 @@ def is_finished(path, settings):
     try:
         with np.load(path, allow_pickle=False) as f:
             old = json.loads(str(f["settings"]))
-    except (FileNotFoundError, zipfile.BadZipFile, EOFError, KeyError, ValueError):
+    except (FileNotFoundError, KeyError, *DAMAGED):
         return False                                               # not there, or damaged: made again
     differs = [f"{k} {old.get(k)} (now {settings.get(k)})" for k in settings | old if old.get(k) != settings.get(k)]
     if differs:
@@ -384,15 +419,9 @@ def is_finished(path, settings):
 
 
 def write_features(path, features):
-    """Writes to a temporary name in the same folder, then renames: a file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{os.getpid()}.part"
-    try:
-        with open(part, "wb") as f:
-            np.savez(f, **features)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.savez(buffer, **features)
+    write_whole(path, buffer.getbuffer())
 
 
 class Progress:
@@ -457,7 +486,7 @@ def tune(name, networks, paths, labels, classes, folder, seed):
     optimizer = torch.optim.SGD(model.parameters(), **{k: TUNING[k] for k in ("lr", "momentum", "weight_decay")})
     done, ids = 0, list(paths)
     if path.exists():
-        saved = load_checkpoint(path)
+        saved = load_checkpoint(path, ("model", "optimizer", "epoch"))
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["epoch"]
@@ -493,6 +522,19 @@ def tune(name, networks, paths, labels, classes, folder, seed):
     return {k.removeprefix("0."): v.cpu() for k, v in model.state_dict().items() if k.startswith("0.")}
 
 
+def lock_file(path):
+    """An open file that is this process's alone until it is closed or the process ends. Raises InputError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "w")
+    if fcntl:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{path}: another process is tuning in this folder; give the command again when it has "
+                             "finished") from error
+    return lock
+
+
 def finetune(args, videos, feats, names, weights, files, device):
     """({network: tuned state dict}, the tuned networks' descriptions, the identities they were tuned on).
 
@@ -510,17 +552,17 @@ def finetune(args, videos, feats, names, weights, files, device):
                 tuning=TUNING | dict(segments=SEGMENTS, kept=KEPT))
     path, folder = feats / "finetuned.pt", feats / ".finetuning"
     if path.exists():
-        saved = load_checkpoint(path)
+        saved = load_checkpoint(path, ("states", "meta"))
         if saved["meta"] != meta:
             raise InputError(f"{path}: tuned on another list or with other settings; choose another output folder")
         print(f"tuning   {path} is used again")
         states = saved["states"]
     else:
+        lock = lock_file(feats / ".finetuning.lock")
         started = folder / "meta.json"
         if started.exists() and json.loads(started.read_text()) != meta:
             raise InputError(f"{folder}: an interrupted tuning on another list or with other settings; delete it")
-        folder.mkdir(parents=True, exist_ok=True)
-        started.write_text(json.dumps(meta))
+        write_whole(started, json.dumps(meta).encode())
         print(f"tuning   {', '.join(tuned_names)} on {len(train)} videos of {len(classes)} classes", flush=True)
         images = keep_images({i: videos[i] for i in train}, folder, args.every, not args.no_flow)
         networks = Networks(tuned_names, weights, device)
@@ -528,8 +570,44 @@ def finetune(args, videos, feats, names, weights, files, device):
         states = {name: tune(name, networks, images, labels, classes, folder, args.seed) for name in tuned_names}
         save(path, dict(states=states, meta=meta))
         shutil.rmtree(folder)
+        lock.close()
     sha256 = hash_file(path)
     return states, {name: f"{path.name} sha256 {sha256}, from {files[name]}" for name in tuned_names}, train
+
+
+# ======================================================================================================================
+# dfan.py --predict
+# ======================================================================================================================
+
+def remembered(settings, folders, device):
+    """The networks that made features with these settings, the JSON in an .npz. Raises InputError.
+
+    folders: where the weight files may lie and finetuned.pt, None for a folder that was not given.
+    """
+    if (settings.get("version"), settings.get("K")) != (VERSION, K):
+        raise InputError(f"the checkpoint's features are of version {settings.get('version')} with K = "
+                         f"{settings.get('K')}, this extract_features.py makes version {VERSION} with {K}; extract and "
+                         "train again")
+    names, weights, tuned = settings["networks"], settings["random_weights"], {}
+    if settings["tuned_on"]:
+        places = [Path(folder, "finetuned.pt") for folder in folders if folder]
+        path = next((p for p in places if p.is_file() and hash_file(p) in " ".join(names.values())), None)
+        if path is None:
+            raise InputError(f"{' and '.join(map(str, places))}: not the tuned networks of the checkpoint's features; "
+                             "name the folder of their finetuned.pt with --weights DIR")
+        tuned = load_checkpoint(path, ("states", "meta"))["states"]
+    if weights is None:
+        weights = {name: find_weights(name, folders[0])[0] for name in names if name not in tuned}
+    return Networks(names, weights, device, tuned)
+
+
+def extract_one(video, path, networks, settings):
+    """Writes the .npz of one video, returns a warning or "". Raises InputError, VideoError."""
+    (_, features, outcome), = extract({video: video}, networks, settings)
+    if features is None:
+        raise outcome
+    write_features(path, features)
+    return outcome
 
 
 # ======================================================================================================================
@@ -537,22 +615,26 @@ def finetune(args, videos, feats, names, weights, files, device):
 # ======================================================================================================================
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("videos", help="folder of <class>/<name>.mp4; its split lists (*.txt, *.list) are copied along")
-    parser.add_argument("feats", help="folder for <class>/<name>.npz")
-    parser.add_argument("--every", type=int, default=EVERY, help=f"one frame in this many (4.1; default: {EVERY})")
-    parser.add_argument("--no-flow", action="store_true", help="F_A of RGB alone")
-    parser.add_argument("--detector", choices=DETECTORS, default="fasterrcnn_resnet50_fpn_v2",
-                        help="for F_O (default: fasterrcnn_resnet50_fpn_v2); the mobilenet ones are bearable on a CPU")
-    parser.add_argument("--weights", metavar="DIR", help="folder with weight files, where they cannot be downloaded")
-    parser.add_argument("--finetune", metavar="TRAINLIST",
-                        help="first tune the action and scene networks on these videos (4.1); dfan.py then refuses to "
-                             "validate on any of them")
-    parser.add_argument("--random-weights", action="store_true", help="try the pipeline without weights; means nothing")
-    parser.add_argument("--seed", type=int, default=0, help="of --random-weights and --finetune (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="extract finished videos again")
-    parser.add_argument("--batch", type=int, default=16, help="frames in a batch (default: 16)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     usage="%(prog)s videos feats [options]")
+    group = parser.add_argument_group("data")
+    group.add_argument("videos", help="folder of <class>/<name>.mp4; its split lists (*.txt, *.list) are copied along")
+    group.add_argument("feats", help="folder for <class>/<name>.npz")
+    group.add_argument("--every", type=int, default=EVERY, help=f"one frame in this many (4.1; default: {EVERY})")
+    group = parser.add_argument_group("networks (3.1)")
+    group.add_argument("--no-flow", action="store_true", help="F_A of RGB alone")
+    group.add_argument("--detector", choices=DETECTORS, default="fasterrcnn_resnet50_fpn_v2", metavar="NAME",
+                       help=f"for F_O: {', '.join(DETECTORS)} (default: the first; the last two are bearable on a CPU)")
+    group.add_argument("--weights", metavar="DIR", help="folder with weight files, where they cannot be downloaded")
+    group.add_argument("--finetune", metavar="TRAINLIST",
+                       help="first tune the action and scene networks on these videos (4.1); dfan.py then refuses to "
+                            "validate on any of them")
+    group.add_argument("--random-weights", action="store_true", help="try the pipeline without weights; means nothing")
+    group.add_argument("--seed", type=int, default=0, help="of --random-weights and --finetune (default: 0)")
+    group = parser.add_argument_group("running")
+    group.add_argument("--overwrite", action="store_true", help="extract finished videos again")
+    group.add_argument("--batch", type=int, default=16, help="frames in a batch (default: 16)")
+    group.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     args = parser.parse_args(argv)
     if args.every < 1 or args.batch < 1:
         parser.error("--every and --batch must be at least 1")
@@ -585,32 +667,27 @@ def main(argv=None):
     todo = {identity: path for identity, path in videos.items() if identity not in set(finished)}
     for path in sorted(Path(args.videos).iterdir()):
         if path.suffix in (".txt", ".list") and path.is_file():
-            shutil.copyfile(path, feats / path.name)
+            write_whole(feats / path.name, path.read_bytes())
     print(f"{len(videos)} videos, {len(finished)} finished before, {len(todo)} to do; device {device}", flush=True)
     if not todo:
         return 0
     networks = Networks(names, weights, device, tuned)
-    progress, batches, failures = Progress(len(todo)), [], {}
-    for identity, samples, outcome in ahead(read_videos(todo, args.every, not args.no_flow, args.batch)):
-        if samples:
-            batches.append(networks(samples)
-                           | {k: np.array([s[k] for s in samples]) for k in ("number", "seconds", "fps")})
-            progress.frames += len(samples)
-            progress.show(identity, end=False)
-            continue
+    progress, failures = Progress(len(todo)), {}
+
+    def seen(identity, n):
+        progress.frames += n
+        progress.show(identity, end=False)
+
+    for identity, features, outcome in extract(todo, networks, settings, args.batch, seen):
         progress.done += 1
-        if isinstance(outcome, VideoError):
+        if features is None:
             failures[identity] = outcome
             progress.say(f"FAILED   {videos[identity]}: {outcome}")
         else:
-            F = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-            write_features(out[identity], dict(
-                **{k: F[k].astype(np.float16) for k in ("action", "scene", "objects")}, frames=F["number"],
-                seconds=F["seconds"], fps=F["fps"][0], settings=json.dumps(settings)))
+            write_features(out[identity], features)
             if outcome:
                 progress.say(f"WARNING  {videos[identity]}: {outcome}; they are kept")
             progress.show(identity)
-        batches = []
     progress.say(f"{len(todo) - len(failures)} videos extracted, {len(failures)} failed, {progress.frames} frames "
                  f"sampled in {time.monotonic() - progress.start:.0f} s")
     for identity, failure in failures.items():
@@ -619,11 +696,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as failure:
-        print(f"extract_features.py: {failure}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nextract_features.py: interrupted; the same command goes on with what is left", file=sys.stderr)
-        sys.exit(130)
+    command(main)
