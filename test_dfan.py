@@ -836,6 +836,9 @@ def test_published_layouts_load_strictly_and_features_are_theirs(tmp_path, publi
     assert settings["every"] == 8 and settings["K"] == 16 and settings["random_weights"] is None
     for name in ("action_rgb", "action_flow", "scene", SMALL):
         assert hashlib.sha256((folder / extract.FILES[name][0]).read_bytes()).hexdigest() in settings["networks"][name]
+    networks = extract.remembered(settings, (folder, None), "cpu")
+    extract.extract_one(tmp_path / "v/joy/a.mp4", tmp_path / "again.npz", networks, settings)
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "f/joy/a.npz").read_bytes()
 
 
 def test_weights_errors(tmp_path, published, monkeypatch):
@@ -959,6 +962,15 @@ def test_finetuning_and_the_leak_guard(tmp_path, capsys, monkeypatch):
         extract.main([*argv, str(tmp_path / "other.txt")])
     run_main("--data", tmp_path / "f", "--out", tmp_path / "o1")
     assert "LEAKED" not in capsys.readouterr().out
+    predict = ["--predict", str(path), "--checkpoint", str(tmp_path / "o1/run0.pt"), "--out", str(tmp_path / "p")]
+    assert dfan.main(predict) == 0, "extracted with the tuned networks"
+    assert (tmp_path / "p/3.npz").read_bytes() == (tmp_path / "f/joy/3.npz").read_bytes()
+    (tmp_path / "f/finetuned.pt").rename(tmp_path / "finetuned.pt")
+    capsys.readouterr()
+    assert dfan.main(predict) == 2 and "finetuned.pt with --weights DIR" in capsys.readouterr().err
+    assert dfan.main([*predict, "--weights", str(tmp_path)]) == 0
+    (tmp_path / "finetuned.pt").rename(tmp_path / "f/finetuned.pt")
+    capsys.readouterr()
     leak = "--data", tmp_path / "f", "--split", tmp_path / "v/testlist01.txt", tmp_path / "v/trainlist01.txt"
     assert "2 of the validation videos: anger/0" in error_of(*leak)
     run_main(*leak, "--allow-leak", "--out", tmp_path / "o2")
