@@ -3,6 +3,7 @@
     python extract_features.py videos/ feats/            # videos/<class>/<stem>.mp4 -> feats/<class>/<stem>.npz
     python extract_features.py videos/ feats/ --no-flow --detector fasterrcnn_mobilenet_v3_large_320_fpn    # on a CPU
     python extract_features.py videos/ feats/ --finetune videos/trainlist01.txt     # tunes the backbones first (4.1)
+    torchrun --nproc-per-node=2 extract_features.py videos/ feats/                  # shares the videos out
 
 One .npz a video, T sampled frames, readable with numpy alone:
 
@@ -20,6 +21,7 @@ for TV-L1, Faster R-CNN for Grid R-CNN (README, "What differs from the paper").
 """
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import itertools
@@ -350,22 +352,42 @@ def extract(videos, networks, settings, batch=16, seen=lambda identity, n: None)
 
     videos: {identity: path}; settings: what the files will say; seen(identity, frames) is told of each batch.
     """
-    batches = []
-    for identity, samples, outcome in ahead(read_videos(videos, settings["every"],
-                                                        "action_flow" in settings["networks"], batch)):
-        if samples:
-            batches.append(networks(samples)
-                           | {k: np.array([s[k] for s in samples]) for k in ("number", "seconds", "fps")})
-            seen(identity, len(samples))
-            continue
-        if isinstance(outcome, VideoError):
-            yield identity, None, outcome
-        else:
-            F = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-            yield identity, dict(
-                **{k: F[k].astype(np.float16) for k in ("action", "scene", "objects")}, frames=F["number"],
-                seconds=F["seconds"], fps=F["fps"][0], settings=json.dumps(settings)), outcome
-        batches = []
+    batches, flow = [], "action_flow" in settings["networks"]
+    with side_by_side(networks) as forward:
+        for identity, samples, outcome in ahead(read_videos(videos, settings["every"], flow, batch)):
+            if samples:
+                batches += [F | {k: np.array([s[k] for s in part]) for k in ("number", "seconds", "fps")}
+                            for part, F in forward(samples)]
+                seen(identity, len(samples))
+                continue
+            if isinstance(outcome, VideoError):
+                yield identity, None, outcome
+            else:
+                F = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+                yield identity, dict(
+                    **{k: F[k].astype(np.float16) for k in ("action", "scene", "objects")}, frames=F["number"],
+                    seconds=F["seconds"], fps=F["fps"][0], settings=json.dumps(settings)), outcome
+            batches = []
+
+
+@contextlib.contextmanager
+def side_by_side(networks):
+    """A function from samples to [(part of the samples, their features)].
+
+    On a CPU the parts are four frames each and run side by side, each on one core: faster than one batch on all cores,
+    and the same numbers for any number of cores.
+    """
+    if torch.device(networks.device).type != "cpu":
+        yield lambda samples: [(samples, networks(samples))]
+        return
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = lambda samples: [samples[n:n + 4] for n in range(0, len(samples), 4)]
+            yield lambda samples: list(zip(parts(samples), pool.map(networks, parts(samples))))
+    finally:
+        torch.set_num_threads(cores)
 
 
 def ahead(iterator):
@@ -644,8 +666,12 @@ def parse_args(argv=None):
 def main(argv=None):
     """Returns the exit status: 0, or 1 if videos could not be decoded. Raises InputError."""
     args = parse_args(argv)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     videos, feats = find_videos(args.videos), Path(args.feats)
+    if world > 1 and args.finetune and not (feats / "finetuned.pt").exists():
+        raise InputError(f"{feats / 'finetuned.pt'}: not there yet, and torchrun's processes would tune one network "
+                         "each; give the command once without torchrun, then with it")
     names = ["action_rgb", *([] if args.no_flow else ["action_flow"]), "scene", args.detector]
     if args.random_weights:
         print(f"WARNING  networks with RANDOM weights (seed {args.seed}): these features try the pipeline and mean "
@@ -660,6 +686,7 @@ def main(argv=None):
     if args.finetune:
         tuned, described, train = finetune(args, videos, feats, names, weights, files, device)
         files = files | described
+    videos = dict(list(videos.items())[rank::world])
     settings = dict(version=VERSION, every=args.every, K=K, networks=files,
                     random_weights=args.seed if args.random_weights else None, tuned_on=train)
     out = {identity: feats / f"{identity}.npz" for identity in videos}
