@@ -32,6 +32,7 @@ ambiguous". What is quoted with a section, as (3.2), is the paper's text. Code c
 """
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import hashlib
 import io
@@ -59,8 +60,8 @@ BETA = 0.6                                # "we empirically set beta = 0.6" (3.2
 FEATURES = ("action", "scene", "objects")  # F_A, F_S, F_O (3.1)
 LAST_FRAMES = 10                          # "we count the predictions of the last ten frames" (4.1)
 PAPER_COUNTS = {"ekman": (819, 818)}      # training and validation videos (4.1)
-NOT_IN_THE_PAPER = dict(hidden=256, lr=1e-3, batch=16, epochs=30, clip=1.0)      # chosen here; the optimizer is Adam
-PLANTED = NOT_IN_THE_PAPER | dict(hidden=32, lr=5e-3, epochs=20)                 # the same for the planted set
+NOT_IN_THE_PAPER = dict(hidden=256, lr=1e-3, batch=16, frames=16000, epochs=30, clip=1.0)      # chosen here, with Adam
+PLANTED = NOT_IN_THE_PAPER | dict(hidden=32, lr=5e-3, epochs=20)                               # for the planted set
 
 
 class InputError(Exception):
@@ -408,7 +409,8 @@ def read_features(path, names):
         with np.load(path, allow_pickle=False) as f:
             missing = sorted(set(names) - set(f.files))
             if missing:
-                raise InputError(f"{path}: no array {', '.join(missing)} in it; {redo}")
+                raise InputError(f"{path}: no array {', '.join(missing)} in it, but {', '.join(f.files)}; name others "
+                                 f"with --features, or {redo}")
             F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
             settings = str(f["settings"]) if "settings" in f.files else "{}"
             dict(json.loads(settings))
@@ -424,14 +426,17 @@ def read_features(path, names):
     return F, settings
 
 
-def read_times(path):
+def read_times(path, T):
     """An .npz file's frames: their numbers among the decoded ones (T,), their time stamps (T,). Raises InputError."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            return f["frames"], f["seconds"]
+            numbers, seconds = f["frames"].astype(int), f["seconds"].astype(float)
     except (KeyError, *DAMAGED) as error:
-        raise InputError(f"{path}: no frames and seconds to read in it ({error}); they tell when a frame is; see the "
-                         "README's table of the arrays") from error
+        raise InputError(f"{path}: no frames and seconds in it, which tell when a frame is ({error}); see the README's "
+                         "table of the arrays") from error
+    if numbers.shape != (T,) or seconds.shape != (T,) or not np.isfinite(seconds).all() or (np.diff(seconds) < 0).any():
+        raise InputError(f"{path}: frames and seconds must be {T} rising numbers; see the README's table of the arrays")
+    return numbers, seconds
 
 
 def as_inputs(F, K):
@@ -456,7 +461,7 @@ class Videos:
         """Sets the features in use, the number of objects K (None: all) and shape (d_action, d_scene, K, d_object)."""
         stored = self.widths.get("objects", (0,))[0]
         if "objects" in features and K and K > stored:
-            raise InputError(f"--objects {K}: there are {stored} in a frame; extract again with more, or ask for fewer")
+            raise InputError(f"--objects {K}: there are {stored} in a frame; ask for fewer")
         self.features, self.K = features, (K or stored) if "objects" in features else 0
         F_A, F_S, F_O = as_inputs({name: torch.zeros(1, *self.widths[name]) for name in features}, self.K)
         self.shape = (F_A.shape[1], F_S.shape[1], *F_O.shape[1:])
@@ -481,7 +486,8 @@ class Features(Videos):
             raise InputError(f"{folder}: no such folder; --data takes the folder that extract_features.py wrote")
         paths = sorted(p for p in self.folder.glob("*/*") if p.name.endswith(".npz") and not p.name.startswith("."))
         if not paths:
-            raise InputError(f"{folder}: no <class>/<name>.npz in it; run extract_features.py videos/ {folder} first")
+            raise InputError(f"{folder}: no <class>/<name>.npz in it; --data takes the folder that "
+                             "extract_features.py wrote")
         self.ids = [f"{p.parent.name}/{p.name[:-4]}" for p in paths]
         self.classes = sorted({p.parent.name for p in paths})
         self.labels = [self.classes.index(p.parent.name) for p in paths]
@@ -505,11 +511,14 @@ class Features(Videos):
         if len(self.settings) > 1:
             two = list(self.settings.values())[:2]
             yield f"features made with different settings: {two[0]} and {two[1]}"
-        if any(json.loads(s).get("random_weights") is not None for s in self.settings):
+        if self.random():
             yield "features of networks with RANDOM weights: they try the pipeline, their accuracy means nothing"
         if self.largest > 5:
             yield (f"features of mean size {self.largest:.1f}: above about 5 they saturate the LSTMs and nothing is "
                    "learnt; scale them down")
+
+    def random(self):
+        return any(json.loads(s).get("random_weights") is not None for s in self.settings)
 
     def tuned_on(self):
         """The videos that the features' backbones were tuned on (extract_features.py --finetune)."""
@@ -637,13 +646,14 @@ def read_segments(path, data):
             if start <= end:
                 ranges.append((start, end))
             elif cell:
-                skipped.append(f"{path}, line {number}: {cell} of {video} is no range m's-m's; skipped")
+                skipped.append(f"{path}, line {number}: {cell} of {video} is no range from-to in m's; skipped")
         if not any((row[c] or "").strip() for c in columns):
             skipped.append(f"{path}, line {number}: no segment of {video}; skipped")
         stem = os.path.splitext(video)[0] if video.lower().endswith(SUFFIXES) else video
         if ranges and stem in position:
-            seconds = read_times(data.paths[position[stem]])[1]
-            emotional[position[stem]] = np.any([(start <= seconds) & (seconds <= end) for start, end in ranges], 0)
+            i = position[stem]
+            seconds = read_times(data.paths[i], data.lengths[i])[1]
+            emotional[i] = np.any([(start <= seconds) & (seconds <= end) for start, end in ranges], 0)
     return emotional, skipped
 
 
@@ -666,7 +676,8 @@ def make_splits(args, data):
     if args.dataset == "videoemotion" and not pairs:
         few = [c for i, c in enumerate(data.classes) if (y == i).sum() < 3]
         if few:
-            raise InputError(f"{data.folder / few[0]}: fewer than 3 videos; a 2/3-1/3 split of each category needs 3")
+            raise InputError(f"{data.folder / few[0]}: fewer than 3 videos, which a 2/3-1/3 split of each category "
+                             "needs; add videos, or name lists with --split")
         seeds = [args.seed + i for i in range(10)]
         print(f"split    2/3-1/3 of each category [R12], seeds {seeds[0]} to {seeds[-1]}")
         return [tuple(v.tolist() for v in next(StratifiedShuffleSplit(1, train_size=2 / 3, random_state=s).split(y, y)))
@@ -700,14 +711,19 @@ def make_splits(args, data):
 # Training and evaluation
 # ======================================================================================================================
 
-def make_batches(indices, lengths, size, rng=None):
-    """Lists of at most `size` videos of similar length, so that padding is short; with an rng, shuffled.
+def make_batches(indices, lengths, args, rng=None):
+    """Lists of at most --batch videos of similar length, padded to --frames frames at most; with an rng, shuffled.
 
     The order is that of the lengths, each stretched by up to 15 % at random: batches differ from epoch to epoch.
     """
     stretch = 1 + (rng.uniform(0, 0.15, len(indices)) if rng else np.zeros(len(indices)))
-    near = [i for _, i in sorted((lengths[i] * s, i) for i, s in zip(indices, stretch))]
-    batches = [near[n:n + size] for n in range(0, len(near), size)]
+    batches, longest = [], 0
+    for _, i in sorted((lengths[i] * s, i) for i, s in zip(indices, stretch)):
+        longest = max(longest, lengths[i])
+        if not batches or len(batches[-1]) == args.batch or (len(batches[-1]) + 1) * longest > args.frames:
+            batches.append([])
+            longest = lengths[i]
+        batches[-1].append(i)
     return [batches[n] for n in rng.permutation(len(batches))] if rng else batches
 
 
@@ -731,7 +747,7 @@ def train_epoch(model, optimizer, data, train, epoch, seed, args):
     """One pass over the training videos; the order is a function of (seed, epoch) alone. Returns the mean loss."""
     model.train()
     total = 0.
-    batches = make_batches(train, data.lengths, args.batch, np.random.default_rng([seed, epoch]))
+    batches = make_batches(train, data.lengths, args, np.random.default_rng([seed, epoch]))
     for *F, lengths, labels, batch in load_batches(data, batches, epoch, args.device):
         loss = loss_fn(model(*F, lengths)["logits"], labels, lengths)
         optimizer.zero_grad()
@@ -749,7 +765,7 @@ def evaluate(model, data, test, args):
     """Votes and attentions on the validation videos: (emotions (N,), [(A_T (T,), A_o (T,K))]), in the order of test."""
     model.eval()
     emotions, attentions = {}, {}
-    for *F, lengths, labels, batch in load_batches(data, make_batches(test, data.lengths, args.batch), 0, args.device):
+    for *F, lengths, labels, batch in load_batches(data, make_batches(test, data.lengths, args), 0, args.device):
         out = model(*F, lengths)
         for n, (i, emotion) in enumerate(zip(batch, vote(out["P"], lengths).tolist())):
             emotions[i] = emotion
@@ -775,10 +791,10 @@ def write_whole(path, content):
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room or choose another folder, then give "
                          "the command again: finished files are kept") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save(path, checkpoint):
@@ -790,17 +806,16 @@ def save(path, checkpoint):
 CHECKPOINT = ("model", "optimizer", "epoch", "settings", "extraction", "classes", "history")
 
 
-def load_checkpoint(path, entries=CHECKPOINT):
+def load_checkpoint(path, remedy, entries=CHECKPOINT):
     """The dict with these entries (plain tensors and values: nothing in the file runs). Raises InputError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); it is a file that dfan.py writes into "
-                         "--out") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except (pickle.UnpicklingError, RuntimeError, KeyError, *DAMAGED) as error:
-        raise InputError(f"{path}: no checkpoint of this code, or a damaged one; delete it to start anew") from error
+        raise InputError(f"{path}: no checkpoint of this code, or a damaged one; {remedy}") from error
     if not isinstance(saved, dict) or set(entries) - set(saved):
-        raise InputError(f"{path}: no checkpoint of this code (no {', '.join(entries)} in it); delete it to start anew")
+        raise InputError(f"{path}: no checkpoint of this code (no {', '.join(entries)} in it); {remedy}")
     return saved
 
 
@@ -822,7 +837,7 @@ def run(number, data, train, test, args):
     The run's seed is --seed plus its number. With --out, run<number>.pt holds the entries CHECKPOINT after each epoch.
     """
     seed, path = args.seed + number, args.out and Path(args.out, f"run{number}.pt")
-    settings = {k: getattr(args, k) for k in ("hidden", "lr", "batch", "clip", "beta", "fusion")} | dict(
+    settings = {k: getattr(args, k) for k in ("hidden", "lr", "batch", "frames", "clip", "beta", "fusion")} | dict(
         features=list(data.features), shape=list(data.shape), seed=seed,
         dataset=args.dataset if args.data else "planted",
         videos=hashlib.sha256(json.dumps([[data.ids[i] for i in part] for part in (train, test)]).encode()).hexdigest())
@@ -831,15 +846,20 @@ def run(number, data, train, test, args):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     done, history = 0, []
     if path and path.exists():
-        saved = load_checkpoint(path)
+        saved = load_checkpoint(path, "delete it to start this run anew")
         differs = [k for k in settings if saved["settings"].get(k) != settings[k]]
-        if differs or saved["classes"] != data.classes or saved["epoch"] > args.epochs:
-            raise InputError(f"{path}: made with other {', '.join(differs) or 'classes or more epochs'}; "
-                             "choose another --out")
+        differs += ["classes"] * (saved["classes"] != data.classes)
+        if differs:
+            raise InputError(f"{path}: made with other {', '.join(differs)}; choose another --out")
+        if saved["epoch"] > args.epochs:
+            raise InputError(f"{path}: has {saved['epoch']} epochs already; ask for --epochs {saved['epoch']} or more, "
+                             "or choose another --out")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done, history = saved["epoch"], saved["history"]
         print(f"run {number}    resumed after epoch {done}")
+    elif args.resume:
+        print(f"run {number}    no {path} to resume: it starts anew")
     y = [data.labels[i] for i in test]
     for epoch in range(done + 1, args.epochs + 1):
         loss = train_epoch(model, optimizer, data, train, epoch, seed, args)
@@ -942,8 +962,12 @@ def reproduce(data, splits, args):
     A cell's checkpoints lie in --out/<cell>/: a finished one is read back, an interrupted one goes on. results.json
     holds every cell. On the planted set the paper's numbers (Ekman's) stand beside ours for their order alone.
     """
-    if args.reproduce in ("figure4", "all") and args.data and not (args.videos and Path(args.videos).is_dir()):
-        raise InputError(f"--videos {args.videos or ''}: no folder; figure4 needs that which extract_features.py read")
+    if args.reproduce in ("figure4", "all") and args.data:
+        if not args.videos:
+            raise InputError("--videos: figure4 shows frames; name the folder of videos that was extracted")
+        for i in first_of_each_class(data, splits[0][1]):
+            read_times(data.paths[i], data.lengths[i])
+            find_video(args.videos, data.classes[data.labels[i]], data.paths[i].name[:-4])
     column = 0 if args.dataset == "videoemotion" else 1
     stored = data.widths["objects"][0]
     path, done = Path(args.out, "results.json"), {}
@@ -958,7 +982,7 @@ def reproduce(data, splits, args):
                 print(f"cell     {name}", flush=True)
             done[name] = protocol(data, splits, cell_args)
             if args.rank == 0:
-                kept = json.loads(path.read_text()) if path.exists() else {}
+                kept = read_results(path)
                 write_whole(path, json.dumps(kept | {name: dict(
                     dataset=args.dataset if args.data else "planted", accuracy=mean_std(done[name], "accuracy"),
                     macro=mean_std(done[name], "macro"), runs=done[name])}, indent=1).encode())
@@ -1010,6 +1034,13 @@ def reproduce(data, splits, args):
             lines.extend([*figure4(data, splits[0][1], args, checkpoint), *localised(cell())])
     if args.rank == 0:
         print("\n".join([*lines, f"written  {path}"]))
+
+
+def read_results(path):
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it: cells are read back from their checkpoints") from error
 
 
 def cell_name(features, fusion, K):
@@ -1096,15 +1127,15 @@ def draw_confusion(confusion, classes):
 def figure4(data, test, args, checkpoint):
     """One picture a class: its first validation video, under the dual network of run 0. Yields a line each."""
     data.choose(FEATURES, None)
-    model = restore(load_checkpoint(checkpoint), checkpoint, args.device)
-    firsts = [next(i for i in test if data.labels[i] == c) for c in range(len(data.classes))]
+    model = restore(load_checkpoint(checkpoint, "delete it to train again"), checkpoint, args.device)
+    firsts = first_of_each_class(data, test)
     emotions, attentions = evaluate(model, data, firsts, args)
     for i, emotion, (A_T, A_o) in zip(firsts, emotions, attentions):
-        numbers, seconds = read_times(data.paths[i]) if args.data else [np.arange(len(A_T))] * 2
+        numbers, seconds = read_times(data.paths[i], len(A_T)) if args.data else [np.arange(len(A_T))] * 2
         title = f"{data.ids[i]}: predicted {data.classes[emotion]}"
         path = picture(args, "figure4-" + data.ids[i].replace("/", "-") + ".png", attention_picture(
             title, A_T, A_o, data.load(i, 0)[2].numpy(), numbers, seconds,
-            find_video(args.videos, data.ids[i]) if args.data else None))
+            find_video(args.videos, *data.ids[i].split("/", 1)) if args.data else None))
         yield f"  {title}; most attended at {seconds[A_T.argmax()]:.1f} s, {A_T.max() * len(A_T):.2f} times uniform"
         yield f"picture  {path}"
 
@@ -1117,14 +1148,19 @@ def attention_picture(title, A_T, A_o, F_O, numbers, seconds, video):
     return draw_attention(title, A_T, seconds, shown, frames, boxes, A_o[shown])
 
 
-def find_video(folder, identity):
-    """The video below the folder of its class, whatever its suffix. Raises InputError."""
-    emotion, stem = identity.split("/", 1)
-    for place, _, names in os.walk(Path(folder, emotion), followlinks=True):
-        for name in names:
-            if os.path.splitext(name)[0] == stem and name.lower().endswith(SUFFIXES):
-                return os.path.join(place, name)
-    raise InputError(f"{Path(folder, emotion)}: no video {stem} below it; --videos is the folder that was extracted")
+def first_of_each_class(data, test):
+    return [next(i for i in test if data.labels[i] == c) for c in range(len(data.classes))]
+
+
+def find_video(folder, emotion, stem):
+    """The video of that name below the folder of its class, or the only one of that name. Raises InputError."""
+    same = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names
+            if os.path.splitext(name)[0] == stem and name.lower().endswith(SUFFIXES)]
+    of_class = [path for path in same if path.relative_to(folder).parts[0] == emotion]
+    if len(of_class or same) != 1:
+        raise InputError(f"{Path(folder, emotion)}: {'several videos' if same else 'no video'} {stem} below it; "
+                         "--videos is the folder that was extracted")
+    return str((of_class or same)[0])
 
 
 def video_frames(path, numbers):
@@ -1183,7 +1219,8 @@ def draw_attention(title, A_T, seconds, shown, frames, boxes, A_o):
     for n in range(6):
         x = left + (right - left) * n / 5
         cv2.line(image, (int(x), bottom), (int(x), bottom + 5), BLACK, 1)
-        write(image, f"{start + (end - start) * n / 5:.1f}{' s' * (n == 5)}", x, bottom + 20, 0.45, centre=True)
+        digits = 1 if end - start > 2 else 2
+        write(image, f"{start + (end - start) * n / 5:.{digits}f}{' s' * (n == 5)}", x, bottom + 20, 0.45, centre=True)
     return image
 
 
@@ -1199,21 +1236,20 @@ def predict(args):
     """
     sys.modules.setdefault("dfan", sys.modules[__name__])     # this very script is what extract_features imports
     import extract_features
-    saved = load_checkpoint(args.checkpoint)
+    saved = load_checkpoint(args.checkpoint, "--checkpoint takes a run0.pt that dfan.py wrote into its --out")
     model, settings = restore(saved, args.checkpoint, args.device), saved["settings"]
     made = json.loads(saved["extraction"]["settings"]) if saved["extraction"] else {}
-    say = lambda line: print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
-    if made.get("random_weights") is not None:
-        say("WARNING  trained on features of networks with RANDOM weights: what follows means nothing")
+    random = "trained on features of networks with RANDOM weights: it means nothing"
+    random = random if made.get("random_weights") is not None else ""
     networks, failed, stems = None, 0, [Path(source).stem for source in args.predict]
     for source, stem in zip(args.predict, stems):
         name = stem if stems.count(stem) == 1 else f"{Path(source).absolute().parent.name}-{stem}"
         try:
-            path, video, warning = Path(source), source, ""
+            path, video, warnings = Path(source), source, [random]
             if not path.is_file():
                 raise InputError(f"{source}: no such file")
             if path.suffix == ".npz":
-                video = find_video(args.videos, f"{path.absolute().parent.name}/{stem}") if args.videos else None
+                video = find_video(args.videos, path.absolute().parent.name, stem) if args.videos else None
             else:
                 if not made:
                     raise InputError(f"{source}: {args.checkpoint} does not know how its features were made (the "
@@ -1222,11 +1258,11 @@ def predict(args):
                     networks = extract_features.remembered(made, (args.weights, saved["extraction"]["feats"]),
                                                            args.device)
                 path = Path(args.out, f"{name}.npz")
-                warning = extract_features.extract_one(source, path, networks, made)
+                warnings.append(extract_features.extract_one(source, path, networks, made))
             F, other = read_features(path, settings["features"])
             if made and other not in ("{}", saved["extraction"]["settings"]):
                 raise InputError(f"{source}: not made as the features of {args.checkpoint} were; give the video")
-            numbers, seconds = read_times(path)
+            numbers, seconds = read_times(path, len(next(iter(F.values()))))
             F_A, F_S, F_O = as_inputs(F, settings["shape"][2])
             shape = [F_A.shape[1], F_S.shape[1], *F_O.shape[1:]]
             if shape != settings["shape"]:
@@ -1240,7 +1276,7 @@ def predict(args):
             found = dict(video=source, emotion=emotion, probabilities=dict(zip(saved["classes"], sums)), moments=[
                 dict(seconds=float(seconds[t]), frame=int(numbers[t]), attention=float(A_T[t]),
                      times_uniform=float(A_T[t] * len(A_T)), objects=strongest(A_o[t], F_O[t], extract_features.NAMES))
-                for t in moments(A_T, seconds)], warning=warning, features=str(path))
+                for t in moments(A_T, seconds)], warning="; ".join(filter(None, warnings)), features=str(path))
             found["picture"] = picture(args, f"{name}.png", attention_picture(
                 f"{source}: {emotion}", A_T, A_o, F_O, numbers, seconds, video))
             print(json.dumps(found) if args.json else in_words(found, min(LAST_FRAMES, len(A_T))), flush=True)
@@ -1325,44 +1361,47 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      usage="%(prog)s [options]",
                                      epilog="Without --data and --predict it trains on a built-in planted set.",
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30))
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26))
     group = parser.add_argument_group("data (4.1)")
     group.add_argument("--data", metavar="FEATS", help="folder that extract_features.py wrote")
-    group.add_argument("--dataset", choices=("ekman", "videoemotion"), default="ekman",
-                       help="protocol: one fixed split, or ten 2/3-1/3 splits (default: ekman)")
+    group.add_argument("--dataset", choices=("ekman", "videoemotion"), default="ekman", metavar="NAME",
+                       help="ekman: one fixed split (default); videoemotion: ten 2/3-1/3 splits")
     group.add_argument("--split", nargs="+", default=[], metavar=("TRAIN", "TEST"),
                        help="split lists, in pairs (default: trainlist01.txt testlist01.txt in FEATS; videoemotion: "
                             "drawn)")
     group.add_argument("--alternate-split", action="store_true", help="ekman without lists: every second video trains")
-    group.add_argument("--allow-missing", action="store_true", help="go on without listed videos that have no features")
-    group.add_argument("--allow-leak", action="store_true", help="go on although the backbones were tuned on "
-                       "validation videos; every number printed is marked")
-    group.add_argument("--segments", metavar="CSV", help="annotated emotional segments: how well does A_T find them in "
-                       "the validation videos? (figure 4)")
+    group.add_argument("--allow-missing", action="store_true", help="go on without listed videos that lack features")
+    group.add_argument("--allow-leak", action="store_true", help="validate on videos that the backbones were tuned on; "
+                       "every number printed is marked")
+    group.add_argument("--segments", metavar="CSV", help="annotated emotional segments: does A_T find them? (figure 4)")
     group = parser.add_argument_group("model of the paper")
     group.add_argument("--features", default=",".join(FEATURES), metavar="NAME,...",
                        help="arrays of the .npz to use: any of action, scene, objects (table 1), and your own (T,D) "
                             f"arrays (default: {','.join(FEATURES)})")
-    group.add_argument("--fusion", choices=("dual", "time", "avg", "max"), help="table 2: T.Focus + O.Focus, T.Focus "
-                       "alone, or pooling of ten frames (default: dual; time where there are no objects)")
+    group.add_argument("--fusion", choices=("dual", "time", "avg", "max"), metavar="NAME",
+                       help="table 2: dual (T.Focus + O.Focus), time (T.Focus), avg, max (default: dual; time without "
+                            "objects)")
     group.add_argument("--objects", type=int, metavar="K", help="objects a frame (3.2.1, figure 2; default: all)")
-    group.add_argument("--beta", type=float, default=BETA, help=f"of (10), in [0, 1] (3.2.2; default: {BETA})")
+    group.add_argument("--beta", type=float, default=BETA, metavar="B",
+                       help=f"of (10), in [0, 1] (3.2.2; default: {BETA})")
     group = parser.add_argument_group("training (not in the paper; defaults: with --data [on the planted set])")
-    for name, kind in (("hidden", int), ("lr", float), ("batch", int), ("epochs", int), ("clip", float)):
+    for name in NOT_IN_THE_PAPER:
         what = dict(hidden="hidden units H of both LSTMs", lr="learning rate of Adam", batch="videos in a batch",
+                    frames="padded frames in a batch: bounds the memory",
                     epochs="passes over the training videos", clip="largest norm of the gradient")[name]
-        group.add_argument(f"--{name}", type=kind, help=f"{what} (default: {NOT_IN_THE_PAPER[name]} [{PLANTED[name]}])")
-    group.add_argument("--runs", type=int, help="runs of different seeds with one split (default: 1 [with --reproduce "
-                       "5]; videoemotion has its ten)")
-    group.add_argument("--seed", type=int, default=0, help="of run 0; run i uses seed + i (default: 0)")
-    group.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+        group.add_argument(f"--{name}", type=type(NOT_IN_THE_PAPER[name]), metavar="N",
+                           help=f"{what} (default: {NOT_IN_THE_PAPER[name]} [{PLANTED[name]}])")
+    group.add_argument("--runs", type=int, metavar="N", help="runs of different seeds with one split (default: 1 [5 "
+                       "with --reproduce]; videoemotion has its ten)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of run 0; run i uses seed + i (default: 0)")
+    group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     group = parser.add_argument_group("output")
-    group.add_argument("--out", help="folder for checkpoints, run<number>.pt, tables and pictures (default: out; the "
-                       "planted set: none)")
+    group.add_argument("--out", metavar="DIR", help="folder for checkpoints, run<number>.pt, tables and pictures "
+                       "(default: out; the planted set: none)")
     group.add_argument("--resume", action="store_true", help="go on with the checkpoints in --out")
-    group.add_argument("--reproduce", choices=(*REPRODUCE, "all"), help="run what a table or figure of section 4 "
-                       "needs, print it beside the paper's numbers, write results.json and pictures")
-    group.add_argument("--videos", help="folder that was extracted, for the frames of figure 4")
+    group.add_argument("--reproduce", choices=(*REPRODUCE, "all"), metavar="WHAT", help="run what a table or figure of "
+                       f"section 4 needs, print it beside the paper's numbers: {', '.join(REPRODUCE)}, all")
+    group.add_argument("--videos", metavar="DIR", help="folder that was extracted, for the frames of figure 4")
     group = parser.add_argument_group("a video of your own")
     group.add_argument("--predict", nargs="+", metavar="FILE", help="videos, or .npz of extract_features.py: emotion, "
                        "most attended moments and objects, picture")
@@ -1409,16 +1448,30 @@ def parse_args(argv=None):
     return args
 
 
+def usable(device):
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error
+
+
+def existing_part(folder):
+    """The folder, or the nearest of its parents that is there."""
+    return next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+
+
 def main(argv=None):
     """Returns the exit status. Raises InputError."""
     args = parse_args(argv)
     args.rank, args.world, local = (int(os.environ.get(k, d))
                                     for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     args.device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]})") from error
+    usable(args.device)
+    for name in ("videos", "weights"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_dir():
+            raise InputError(f"--{name} {getattr(args, name)}: no such folder")
+    if args.out and not ((place := existing_part(args.out)).is_dir() and os.access(place, os.W_OK)):
+        raise InputError(f"--out {args.out}: cannot be written to; choose another folder")
     if args.predict:
         return predict(args)
     if not args.data:
@@ -1426,6 +1479,10 @@ def main(argv=None):
     chosen = args.features, args.objects
     data = Features(args.data, *chosen) if args.data else Planted(args.seed, *chosen)
     splits = make_splits(args, data) if args.data else data.splits
+    longest = max(range(len(data.ids)), key=lambda i: data.lengths[i])
+    if data.lengths[longest] > args.frames:
+        raise InputError(f"{data.ids[longest]}: {data.lengths[longest]} frames, a batch may have --frames "
+                         f"{args.frames}; give more (memory grows with it), or extract with a larger --every")
     skipped = []
     if args.segments:
         data.emotional, skipped = read_segments(args.segments, data)
@@ -1437,10 +1494,10 @@ def main(argv=None):
         raise InputError(f"{args.data}: its backbones were tuned on {len(leaked)} of the validation videos: "
                          f"{', '.join(leaked[:3])}{', ...' if len(leaked) > 3 else ''}; tune on this split's training "
                          "list alone, or have every number marked: --allow-leak")
-    args.mark = "  LEAKED" if leaked else ""
+    args.mark = ("  RANDOM WEIGHTS" if args.data and data.random() else "") + ("  LEAKED" if leaked else "")
     runs = range(max(args.runs, len(splits)))
     existing = [str(p) for i in runs if args.out and (p := Path(args.out, f"run{i}.pt")).exists()]
-    if existing and not args.resume:
+    if existing and not args.resume and not args.reproduce:
         raise InputError(f"{existing[0]}: there already; --resume goes on with it, another --out keeps it")
     if args.rank == 0:
         print(f"versions torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}; "
@@ -1453,6 +1510,8 @@ def main(argv=None):
               + (f" (the paper's Ekman: {paper[0]} / {paper[1]})" if paper else ""), flush=True)
         for line in skipped:
             print(f"segments {line}", flush=True)
+        if args.segments:
+            print(f"segments {len(data.emotional)} of the videos have annotated segments", flush=True)
     if args.world > 1:
         torch.distributed.init_process_group("gloo")
     if args.reproduce:

@@ -45,7 +45,7 @@ from torchvision.models import detection, resnet18, resnet50
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
 
-from dfan import DAMAGED, SUFFIXES, InputError, command, load_checkpoint, read_list, save, write_whole
+from dfan import DAMAGED, SUFFIXES, InputError, command, load_checkpoint, read_list, save, usable, write_whole
 
 try:
     import fcntl
@@ -127,6 +127,22 @@ def find_weights(network, folder):
         raise InputError(f"{path}: its SHA-256 is {sha256}, not the published {prefix}...; delete it and get it from "
                          f"{addresses[0] + name}")
     return path, sha256
+
+
+def find_all(networks, folder):
+    """{network: (path, SHA-256)}. Raises InputError for the first that cannot be had, naming the others."""
+    if folder and not Path(folder).is_dir():
+        raise InputError(f"--weights {folder}: no such folder")
+    found, failures = {}, []
+    for network in networks:
+        try:
+            found[network] = find_weights(network, folder)
+        except InputError as failure:
+            failures.append((FILES[network][0], failure))
+    if failures:
+        others = ", ".join(name for name, _ in failures[1:])
+        raise InputError(f"{failures[0][1]}{f'; the same for {others}' if others else ''}")
+    return found
 
 
 def hash_file(path):
@@ -508,7 +524,7 @@ def tune(name, networks, paths, labels, classes, folder, seed):
     optimizer = torch.optim.SGD(model.parameters(), **{k: TUNING[k] for k in ("lr", "momentum", "weight_decay")})
     done, ids = 0, list(paths)
     if path.exists():
-        saved = load_checkpoint(path, ("model", "optimizer", "epoch"))
+        saved = load_checkpoint(path, "delete it to tune again", ("model", "optimizer", "epoch"))
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["epoch"]
@@ -574,7 +590,7 @@ def finetune(args, videos, feats, names, weights, files, device):
                 tuning=TUNING | dict(segments=SEGMENTS, kept=KEPT))
     path, folder = feats / "finetuned.pt", feats / ".finetuning"
     if path.exists():
-        saved = load_checkpoint(path, ("states", "meta"))
+        saved = load_checkpoint(path, "delete it to tune again", ("states", "meta"))
         if saved["meta"] != meta:
             raise InputError(f"{path}: tuned on another list or with other settings; choose another output folder")
         print(f"tuning   {path} is used again")
@@ -617,9 +633,9 @@ def remembered(settings, folders, device):
         if path is None:
             raise InputError(f"{' and '.join(map(str, places))}: not the tuned networks of the checkpoint's features; "
                              "name the folder of their finetuned.pt with --weights DIR")
-        tuned = load_checkpoint(path, ("states", "meta"))["states"]
+        tuned = load_checkpoint(path, "tune again", ("states", "meta"))["states"]
     if weights is None:
-        weights = {name: find_weights(name, folders[0])[0] for name in names if name not in tuned}
+        weights = {name: path for name, (path, _) in find_all(set(names) - set(tuned), folders[0]).items()}
     return Networks(names, weights, device, tuned)
 
 
@@ -660,6 +676,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.every < 1 or args.batch < 1:
         parser.error("--every and --batch must be at least 1")
+    if not 0 <= args.seed < 2 ** 31:
+        parser.error("--seed: must be a whole number from 0 to 2147483647")
     return args
 
 
@@ -678,10 +696,10 @@ def main(argv=None):
               "nothing")
         weights, files = args.seed, {name: "random" for name in names}
     else:
-        found = {name: find_weights(name, args.weights) for name in names}
+        found = find_all(names, args.weights)
         weights, files = {name: path for name, (path, _) in found.items()}, {
             name: f"{path.name} sha256 {sha256}" for name, (path, sha256) in found.items()}
-    feats.mkdir(parents=True, exist_ok=True)
+    usable(device)
     tuned, train = {}, None
     if args.finetune:
         tuned, described, train = finetune(args, videos, feats, names, weights, files, device)

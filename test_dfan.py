@@ -1,4 +1,4 @@
-"""Tests of dfan.py and extract_features.py: python -m pytest -q. The benchmark of the recurrence: python test_dfan.py.
+"""Tests of dfan.py and extract_features.py: python -m pytest -q. The benchmark: python test_dfan.py [--quick].
 The readings of the paper that were not taken, on the planted set: python test_dfan.py --readings. Twenty kills of
 extraction and of training: python test_dfan.py --faults.
 
@@ -327,9 +327,8 @@ def write_feats(folder, classes=("anger", "joy"), n=4, K=3, seed=0, stems=None):
     return folder
 
 
-def run_main(*argv, **kw):
-    args = [str(a) for a in argv]
-    dfan.main(args + ["--hidden", "4", "--epochs", "2", "--batch", "4"])
+def run_main(*argv):
+    dfan.main(["--hidden", "4", "--epochs", "2", "--batch", "4", *map(str, argv)])
 
 
 def error_of(*argv):
@@ -464,19 +463,44 @@ def test_nothing_in_an_npz_runs(tmp_path):
     error_of("--data", feats)
     torch.save(dict(model=Trap()), tmp_path / "run0.pt")
     with pytest.raises(dfan.InputError, match="run0.pt"):
-        dfan.load_checkpoint(tmp_path / "run0.pt")
+        dfan.load_checkpoint(tmp_path / "run0.pt", "delete it")
     assert not (tmp_path / "ran").exists()
 
 
 def test_batches_cover_and_group(tmp_path):
     lengths = list(np.random.default_rng(0).lognormal(5.7, 0.75, 500).astype(int) + 1)
-    batches = dfan.make_batches(range(500), lengths, 16, np.random.default_rng([0, 1]))
+    args = dfan.parse_args(["--data", "f", "--frames", "9000"])
+    batches = dfan.make_batches(range(500), lengths, args, np.random.default_rng([0, 1]))
     assert sorted(i for b in batches for i in b) == list(range(500)) and max(map(len, batches)) == 16
-    again = dfan.make_batches(range(500), lengths, 16, np.random.default_rng([0, 1]))
-    other = dfan.make_batches(range(500), lengths, 16, np.random.default_rng([0, 2]))
+    assert max(len(b) * max(lengths[i] for i in b) for b in batches) <= 9000 < 16 * max(lengths)
+    again = dfan.make_batches(range(500), lengths, args, np.random.default_rng([0, 1]))
+    other = dfan.make_batches(range(500), lengths, args, np.random.default_rng([0, 2]))
     assert batches == again != other
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     assert padded < 1.15 * sum(lengths)
+
+
+def test_what_can_be_known_before_training_is_said_before(tmp_path, capsys):
+    feats, videos = write_feats(tmp_path / "f"), tmp_path / "v"
+    videos.mkdir()
+    (tmp_path / "file").touch()
+    common = "--data", feats, "--out", tmp_path / "o"
+    for argv, word in ((["--out", tmp_path / "file/o"], "cannot be written to"),
+                       (["--videos", tmp_path / "w"], "no such"), (["--reproduce", "figure4"], "name the folder"), (["--objects", "9"], "there are 3"),
+                       (["--reproduce", "figure4", "--videos", videos], "frames and seconds"),
+                       (["--features", "action,audio"], "name others with --features")):
+        assert word in error_of(*common, *argv), argv
+        assert "epoch" not in capsys.readouterr().out
+    run_main(*common, "--resume")
+    assert "starts anew" in capsys.readouterr().out
+    assert "ask for --epochs 2" in error_of(*common, "--resume", "--epochs", "1")
+    (tmp_path / "o/results.json").write_text("{")
+    assert "results.json: damaged" in error_of(*common, "--reproduce", "table3")
+
+
+def test_a_video_longer_than_a_batch_is_named(tmp_path):
+    feats = write_feats(tmp_path / "f")
+    assert "--frames 3" in (e := error_of("--data", feats, "--frames", "3")) and "anger/anger_" in e
 
 
 def test_resume_is_the_uninterrupted_run(tmp_path, capsys):
@@ -1084,7 +1108,7 @@ def test_segments_file(tmp_path, capsys):
     assert "0'0-'029 of joy/joy_1.mp4" in skipped[0]
     run_main("--data", feats, "--segments", tmp_path / "s.csv", "--out", tmp_path / "o")
     printed = capsys.readouterr().out
-    assert printed.count("segments ") == 4 and printed.count("localisation") == 4
+    assert printed.count("segments ") == 5 and printed.count("localisation") == 4
     (tmp_path / "other.csv").write_text("video,key_segment_1\nanger/anger_0.mp4,0'0-0'9\n")
     (tmp_path / "none.csv").write_text("name,from,to\n")
     assert "no segment of any validation video" in error_of("--data", feats, "--segments", tmp_path / "other.csv")
@@ -1110,9 +1134,8 @@ def test_predict(extracted, trained, tmp_path, capsys):
                  "--json", check=2)
     assert [line for line in done.stderr.splitlines() if "dfan.py" in line] == [
         f"dfan.py: {tmp_path / 'broken.mp4'}: OpenCV cannot open it: empty, damaged, or not a video"]
-    assert "RANDOM" in done.stderr
     video, broken, features = map(json.loads, done.stdout.splitlines())
-    assert "cannot open" in broken["error"]
+    assert "cannot open" in broken["error"] and "RANDOM" in video["warning"]
     assert (tmp_path / "o/clip.npz").read_bytes() == (folder / "f/joy/clip[5].v1.npz").read_bytes(), "as remembered"
     for key in ("emotion", "probabilities", "moments"):
         assert video[key] == features[key]
@@ -1149,7 +1172,10 @@ def test_predict(extracted, trained, tmp_path, capsys):
     np.savez(tmp_path / "other.npz", **other)
     del other["seconds"]
     np.savez(tmp_path / "timeless.npz", **other | dict(settings="{}"))
+    np.savez(tmp_path / "short.npz", **dict(F) | dict(seconds=F["seconds"][1:]))
+    np.savez(tmp_path / "nan.npz", **dict(F) | dict(seconds=F["seconds"] * np.nan))
     for name, word in (("other.npz", "not made as the features"), ("timeless.npz", "frames and seconds"),
+                       ("short.npz", "must be 7 rising"), ("nan.npz", "must be 7 rising"),
                        ("nowhere.mp4", "no such file")):
         assert word in (e := predicted(tmp_path / name, 2).err) and f"dfan.py: {tmp_path / name}" in e
 
@@ -1458,7 +1484,7 @@ def faults(times=20):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Benchmark: python test_dfan.py
+# The table of the README's section Speed: python test_dfan.py [--quick]
 # ----------------------------------------------------------------------------------------------------------------------
 
 def literal(net, F_A, F_S, F_O, labels):
@@ -1484,30 +1510,138 @@ def literal(net, F_A, F_S, F_O, labels):
         G_T = A_T.log() + (G_T[:, -1:] - A_T[:, -1:].log())        # the glimpse whose softmax A_T is
     return dfan.loss_fn(torch.stack(logits, 1), labels, torch.full((B,), T))
 
+def row(ratio, what, *seconds):
+    print(f"{ratio:6.2f}  {what:<76}" + " / ".join(f"{s:.3g}" for s in seconds), flush=True)
 
-def benchmark(B=16, T=400, H=256, rounds=5):
-    """Forward and backward of the literal equations, of DFAN and of a two-layer nn.LSTM, alternating."""
+
+def recurrence(B, T, rounds, with_literal, H=256):
+    """Forward and backward of DFAN, of a two-layer nn.LSTM and of the literal equations, alternating; medians."""
     torch.manual_seed(0)
     F_A, F_S, F_O = torch.randn(B, T, 2048), torch.randn(B, T, 365), torch.rand(B, T, 16, 84)
     labels = torch.randint(0, 6, (B,))
     net, lstm = dfan.DFAN(2048, 365, 84, H, 6).train(), torch.nn.LSTM(2413, H, 2, batch_first=True)
     FF, lengths = torch.cat([F_A, F_S], -1), torch.full((B,), T)
-    forms = {"literal": lambda: literal(net, F_A, F_S, F_O, labels),
-             "dfan.py": lambda: dfan.loss_fn(net(F_A, F_S, F_O, lengths)["logits"], labels, lengths),
-             "nn.LSTM": lambda: lstm(FF)[0].sum()}
-    assert abs(forms["literal"]().item() - forms["dfan.py"]().item()) < 1e-5
+    forms = dict(dfan=lambda: dfan.loss_fn(net(F_A, F_S, F_O, lengths)["logits"], labels, lengths),
+                 lstm=lambda: lstm(FF)[0].sum())
+    if with_literal:
+        forms["literal"] = lambda: literal(net, F_A, F_S, F_O, labels)
+        assert abs(forms["literal"]().item() - forms["dfan"]().item()) < 1e-5
     seconds = {name: [] for name in forms}
-    for _ in range(rounds):
+    for n in range(rounds + 1):                                     # the first warms up
         for name, form in forms.items():
             start = time.perf_counter()
             form().backward()
-            seconds[name].append(time.perf_counter() - start)
+            if n:
+                seconds[name].append(time.perf_counter() - start)
     median = {name: float(np.median(v)) for name, v in seconds.items()}
-    print(f"forward + backward, B={B}, T={T}, H={H}, {torch.get_num_threads()} threads, median of {rounds}")
-    for name, value in median.items():
-        print(f"  {name}  {value:6.2f} s   {value / median['dfan.py']:5.2f} x dfan.py")
-    print(f"  literal / dfan.py {median['literal'] / median['dfan.py']:.2f}    "
-          f"dfan.py / nn.LSTM {median['dfan.py'] / median['nn.LSTM']:.2f}")
+    row(median["dfan"] / median["lstm"], f"dfan.py / nn.LSTM, B={B}, T={T}", median["dfan"], median["lstm"])
+    if with_literal:
+        row(median["literal"] / median["dfan"], f"the equations taken literally / dfan.py, B={B}, T={T}",
+            median["literal"], median["dfan"])
+
+
+def peak_memory(T, B=16):
+    """MiB that one forward and backward needs above its features; in a process of its own."""
+    code = f"""import resource, sys, torch; sys.path.insert(0, {str(HERE)!r}); import dfan
+F = torch.randn({B}, {T}, 2048), torch.randn({B}, {T}, 365), torch.rand({B}, {T}, 16, 84)
+net, peak = dfan.DFAN(2048, 365, 84, 256, 6).train(), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+dfan.loss_fn(net(*F)["logits"], torch.zeros({B}, dtype=torch.long), torch.full(({B},), {T})).backward()
+print((peak() - before) / 1024)"""
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+class InMemory(dfan.Features):
+    """Every array in float32, read once."""
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.kept = [super(InMemory, self).arrays(i, 0) for i in range(len(self.ids))]
+
+    def arrays(self, i, epoch):
+        return self.kept[i]
+
+
+def epoch(n):
+    """A training epoch over n videos of Ekman-6's lengths (mean 400, 95 % below 1,090, longest 4,260)."""
+    import resource                                                 # not on Windows
+    rng = np.random.default_rng(0)
+    lengths = (rng.lognormal(5.65, 0.8, n).astype(int) + 1).clip(2, 4260)
+    lengths[0] = 4260 if n > 800 else lengths[0]
+    with tempfile.TemporaryDirectory() as work:
+        for i, T in enumerate(lengths):
+            F = dict(action=rng.standard_normal((T, 2048), np.float32), scene=rng.standard_normal((T, 365), np.float32),
+                     objects=rng.random((T, 16, 84), np.float32))
+            path = Path(work, str(i % 6), f"{i}.npz")
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path, **{k: v.astype(np.float16) for k, v in F.items()})
+        args, seconds = dfan.parse_args(["--data", work]), {}
+        args.device = "cpu"
+        batches = dfan.make_batches(range(n), lengths, args, np.random.default_rng(0))
+        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+        for kind in (dfan.Features, InMemory):
+            data = kind(work)
+            torch.manual_seed(0)
+            model = dfan.make_network(data.shape, 6, args)
+            for path in data.paths if hasattr(os, "posix_fadvise") and kind is dfan.Features else ():
+                with open(path, "rb") as f:                         # not from the system's cache
+                    os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            start = time.perf_counter()
+            dfan.train_epoch(model, torch.optim.Adam(model.parameters()), data, range(n), 1, 0, args)
+            seconds[kind] = time.perf_counter() - start
+            if kind is dfan.Features:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    row(seconds[dfan.Features] / seconds[InMemory], f"an epoch, {n} videos, {lengths.sum()} frames: from disk / in "
+        "memory", *(seconds[k] for k in (dfan.Features, InMemory)))
+    row(padded / lengths.sum(), "its padded frames / frames", padded, lengths.sum())
+    row(peak, "GiB, peak memory of the process until then (--frames 16000)")
+
+
+def extraction(detector, seconds):
+    """One video of 640 x 360 with networks of random weights: everything / the networks alone; then each part."""
+    with tempfile.TemporaryDirectory() as work:
+        path = write_video(Path(work, "a.mp4"), int(30 * seconds), 360, 640, fps=30.)
+        names = ["action_rgb", "action_flow", "scene", detector]
+        networks = extract.Networks(names, 0, "cpu")
+        networks.models["objects"].roi_heads.score_thresh = 0.05    # as with trained weights: few boxes pass
+        settings = dict(every=8, networks=dict.fromkeys(names, ""))
+        samples, _ = samples_of(path)
+        timed = lambda work: (time.perf_counter(), work(), time.perf_counter())
+        start, (_,), end = timed(lambda: list(extract.extract({"a": path}, networks, settings)))
+        with extract.side_by_side(networks) as forward:
+            a, _, b = timed(lambda: [forward(samples[n:n + 16]) for n in range(0, len(samples), 16)])
+        row((end - start) / (b - a), f"extraction / its networks alone, {detector}", end - start, b - a)
+        row((end - start) / seconds * 60, "seconds a minute of video at 30 frames a second")
+        c, _, d = timed(lambda: samples_of(path, flow=False))
+        e, _, f = timed(lambda: samples_of(path))
+        row((d - c) / (b - a), "  decoding and scaling / the networks alone", d - c)
+        row((f - e - d + c) / (b - a), "  flow / the networks alone", f - e - d + c)
+        for name, model in networks.models.items():
+            with torch.inference_mode(), extract.side_by_side(networks) as forward:
+                def one(part, name=name, model=model):
+                    if name == "objects":
+                        frames = [torch.from_numpy(s["frame"]).permute(2, 0, 1) / 255 for s in part]
+                        return extract.detect(model, frames)
+                    return model(networks.input(name, np.stack([s[extract.IMAGES[name]] for s in part])))
+                g, _, h = timed(lambda: [one(samples[n:n + 4]) for n in range(0, len(samples), 4)])
+            row((h - g) / (b - a), f"  {name}, on one core / the networks alone", h - g)
+
+
+def benchmark(quick):
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratios first, then their seconds")
+    if quick:
+        recurrence(16, 100, 3, True)
+        recurrence(16, 400, 3, False)
+        epoch(48)
+        extraction(SMALL, 4)
+        return
+    for B, T, rounds in ((16, 400, 5), (16, 100, 5), (16, 1600, 3), (16, 4260, 3), (1, 400, 5), (32, 400, 5)):
+        recurrence(B, T, rounds, with_literal=T < 4000)
+    memory = {T: peak_memory(T) for T in (100, 200, 400, 800)}
+    row(memory[800] / memory[400], "memory at T=800 / at T=400; MiB above the features at T = 100, 200, 400, 800",
+        *memory.values())
+    epoch(819)
+    for detector in (SMALL, "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_resnet50_fpn_v2"):
+        extraction(detector, 10)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1618,4 +1752,4 @@ def readings(seeds=3):
 
 
 if __name__ == "__main__":
-    readings() if "--readings" in sys.argv else faults() if "--faults" in sys.argv else benchmark()
+    readings() if "--readings" in sys.argv else faults() if "--faults" in sys.argv else benchmark("--quick" in sys.argv)
