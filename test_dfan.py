@@ -486,7 +486,8 @@ def test_what_can_be_known_before_training_is_said_before(tmp_path, capsys):
     (tmp_path / "file").touch()
     common = "--data", feats, "--out", tmp_path / "o"
     for argv, word in ((["--out", tmp_path / "file/o"], "cannot be written to"),
-                       (["--videos", tmp_path / "w"], "no such"), (["--reproduce", "figure4"], "name the folder"), (["--objects", "9"], "there are 3"),
+                       (["--videos", tmp_path / "w"], "no such"), (["--objects", "9"], "there are 3"),
+                       (["--reproduce", "figure4"], "name the folder"),
                        (["--reproduce", "figure4", "--videos", videos], "frames and seconds"),
                        (["--features", "action,audio"], "name others with --features")):
         assert word in error_of(*common, *argv), argv
