@@ -1678,7 +1678,7 @@ class OverwritesAll(dfan.DFACell):
             e = mixed
         s.e, s.den = list(e.split(1, -1)), e.sum(-1, keepdim=True)
         F_t = (e.unsqueeze(-1) * x.all_T_in[t]).sum(1) / s.den
-        s.h2, s.c2, _ = dfan.lstm(F_t + self.T_h(torch.cat([s.P, s.h2], -1)), s.c2)
+        s.h2, s.c2, _ = dfan.lstm(torch.addmm(F_t, torch.cat([s.P, s.h2], -1), s.T_h), s.c2)
         y.logits = self.W_p(s.h2)
         s.P = y.logits.softmax(-1)
         return y
