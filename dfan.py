@@ -47,7 +47,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")      # the same numbers for any number of threads (torchrun sets one)
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")      # the same numbers in every run
+if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("OMP_NUM_THREADS") == "1":        # as torchrun sets it
+    del os.environ["OMP_NUM_THREADS"]                 # as many threads as without torchrun: the same numbers
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"         # and the ranks' threads do not hinder each other
 
 import numpy as np
 import sklearn
@@ -96,6 +99,21 @@ def mean_object(F_O, there):
     return F_O.sum(-2) / there.sum(-1, keepdim=True).clamp(min=1)
 
 
+def as_image(F):
+    """(B,T,D) -> (B,D,1,T), the layout of a convolution."""
+    return F.transpose(1, 2).unsqueeze(2)
+
+
+def on_frames(F, W, bias=None):
+    """nn.functional.linear for all frames (B,T,D), on a CPU as a convolution of size 1.
+
+    oneDNN computes it, for which some processors need half the time of MKL's product; nn.LSTM has it from there too.
+    """
+    if F.device.type != "cpu" or F.shape[-1] == 0:
+        return nn.functional.linear(F, W, bias)
+    return nn.functional.conv2d(as_image(F), W[:, :, None, None], bias).squeeze(2).transpose(1, 2)
+
+
 class DFACell(nn.Module):
     """The Dual Focus Attention cell: "two focus attention modules with two vanilla LSTM cells" (3.2).
 
@@ -125,9 +143,9 @@ class DFACell(nn.Module):
 
         F_A (B,T,2048), F_S (B,T,365), F_O (B,T,K,84), valid (B,T,1): 1 for a frame, 0 for padding.
         """
-        def on_FF(W, bias):                                                              # W FF = W_A F_A + W_S F_S
+        def on_FF(W, bias, linear=nn.functional.linear):                                 # W FF = W_A F_A + W_S F_S
             W_A, W_S = W.split([F_A.shape[-1], F_S.shape[-1]], -1)
-            return nn.functional.linear(F_A, W_A, bias).add_(F_S @ W_S.T)
+            return linear(F_A, W_A, bias).add_(linear(F_S, W_S))
 
         there = objects_there(F_O)                                                       # (B,T,K)
         W_object, W_FF = self.W_Tf.weight.split([self.d_object, F_A.shape[-1] + F_S.shape[-1]], -1)
@@ -136,7 +154,7 @@ class DFACell(nn.Module):
             W_of=self.W_of(F_O).squeeze(-1),                                             # (3)  (B,T,K)
             W_Tf_object=F_O @ W_object[0],                                               # (1) in (9)  (B,T,K)
             W_Tf_FF=on_FF(W_FF, self.W_Tf.bias),                                         # (9)  (B,T,1)
-            T_in=on_FF(self.T_in.weight, self.T_in.bias + self.T_h.bias),                # (7)  (B,T,4H)
+            T_in=on_FF(self.T_in.weight, self.T_in.bias + self.T_h.bias, on_frames),     # (7)  (B,T,4H)
             valid=valid, absent=torch.where(there, 0., -1e4))                            # (2)  exp(-1e4) = 0
 
     def start(self, x, sum_T_in):
@@ -145,16 +163,14 @@ class DFACell(nn.Module):
         x: as in `forward`; sum_T_in (B,4H): the sum of T_in over the video's frames.
         """
         zeros, B = sum_T_in.new_zeros, len(sum_T_in)
-        transposed = {name: layer.weight.T.contiguous() for name, layer in self.named_children()
-                      if name in ("S_h", "T_h")}                    # once a video: half the time of the small products
         return types.SimpleNamespace(
             h1=zeros(B, self.H), c1=zeros(B, self.H), h2=zeros(B, self.H), c2=zeros(B, self.H), P=zeros(B, self.C),
-            e=list(x.valid), num=sum_T_in, den=sum(x.valid), **transposed)
+            e=list(x.valid), num=sum_T_in, den=sum(x.valid))
 
     def objects_focus(self, t, x, s, y):
         """Frame Objects Focus (3.2.1) at frame t; arguments as in `forward`. Returns F_o_hat, W_Tf applied (B,1)."""
         y.h2h1 = torch.cat([s.h2, s.h1], -1)
-        s.h1, s.c1, y.S = lstm(torch.addmm(x.S_in[t], y.h2h1, s.S_h), s.c1)              # (4)   (B,H)  [R1]
+        s.h1, s.c1, y.S = lstm(torch.addmm(x.S_in[t], y.h2h1, self.S_h.weight.T), s.c1)  # (4)   (B,H)  [R1]
         y.G_o = torch.tanh(self.W_oh(s.h1) + x.W_of[t])                                  # (3)   (B,K)  [R2]
         y.A_o = torch.softmax(y.G_o + x.absent[t], -1)                                   # (2)   (B,K)  [R3]
         return (x.W_Tf_object[t] * y.A_o).sum(-1, keepdim=True)                          # (1)   (B,1)  W_Tf applied
@@ -169,11 +185,12 @@ class DFACell(nn.Module):
         # --- Time Series Focus (3.2.2)
         y.G_t = torch.tanh(self.W_Th(s.h2) + W_Tf_F_o_hat + x.W_Tf_FF[t])                # (9)   (B,1)  entry t [R5]
         y.e_t = y.G_t.exp() * x.valid[t]                                                 # (8)   A_Tt = e_t / den
-        s.num = s.num + (y.e_t - x.valid[t]) * x.T_in[t]                                 # (7)   (B,4H) e_t was 1
-        s.den = s.den + (y.e_t - x.valid[t])                                             # (8)   (B,1)
+        y.rise = y.e_t - x.valid[t]                                                      #       e_t was 1: G_t was 0
+        s.num = s.num + y.rise * x.T_in[t]                                               # (7)   (B,4H)
+        s.den = s.den + y.rise                                                           # (8)   (B,1)
         y.F_t, y.den = s.num / s.den, s.den                                              # (7)   (B,4H) T_in applied
         y.Ph2 = torch.cat([s.P, s.h2], -1)
-        s.h2, s.c2, y.T = lstm(torch.addmm(y.F_t, y.Ph2, s.T_h), s.c2)                   # (6)   (B,H)  [R4]
+        s.h2, s.c2, y.T = lstm(torch.addmm(y.F_t, y.Ph2, self.T_h.weight.T), s.c2)       # (6)   (B,H)  [R4]
         y.logits = self.W_p(s.h2)                                                        # (5)   (B,C)
         s.P = torch.softmax(y.logits, -1)                                                # (5)   (B,C)
         y.h1, y.h2, y.P = s.h1, s.h2, s.P
@@ -222,6 +239,13 @@ def lstm_backward(saved, dh, dc, dgates):
     return dc * f
 
 
+def on_frames_backward(dy, F):
+    """The gradient of W of on_frames: (B,T,.), (B,T,D) -> (.,D)."""
+    if F.device.type != "cpu":
+        return dy.flatten(0, 1).T @ F.flatten(0, 1)
+    return nn.grad.conv2d_weight(as_image(F), (dy.shape[-1], F.shape[-1], 1, 1), as_image(dy))[:, :, 0, 0]
+
+
 class Loop(torch.autograd.Function):
     """The cell over all frames. A "d" before a name: the gradient of the loss with respect to it."""
 
@@ -257,27 +281,26 @@ class Loop(torch.autograd.Function):
                 torch.mul(y.mix, dnum, out=dT_in_t[t - 1])
                 dT_in_t[t].sub_(dT_in_t[t - 1])
             y.dlogits = dlogits[t] + softmax_backward(dP, y.P)                           # (5)
-            dc2 = lstm_backward(y.T, dh2 + y.dlogits @ cell.W_p.weight, dc2, dgates_T_t[t])     # (6)
+            dc2 = lstm_backward(y.T, torch.addmm(dh2, y.dlogits, cell.W_p.weight), dc2, dgates_T_t[t])     # (6)
             dP, dh2 = (dgates_T_t[t] @ cell.T_h.weight).split([cell.C, cell.H], -1)      # (6)
             dF_t = dgates_T_t[t] / y.den                                                 # (7)
             dnum, dden = dnum + dF_t, dden - (dF_t * y.F_t).sum(-1, keepdim=True)        # (7), (8)
-            dT_in_t[t].addcmul_(y.e_t - x.valid[t], dnum)                                # (7)
+            dT_in_t[t].addcmul_(y.rise, dnum)                                            # (7)
             de_t = de[t] + dden + (dnum * x.T_in[t]).sum(-1, keepdim=True)               # (8)
             y.dG_t = tanh_backward(de_t * y.e_t, y.G_t)                                  # (9)  before the tanh
-            dA_o_t = dA_o[t] + y.dG_t * x.W_Tf_object[t]                                 # (1)
+            dA_o_t = torch.addcmul(dA_o[t], y.dG_t, x.W_Tf_object[t])                    # (1)
             y.dG_o = tanh_backward(softmax_backward(dA_o_t, y.A_o), y.G_o)               # (2), (3)  before the tanh
-            dh1 = dh1 + y.dG_o.sum(-1, keepdim=True) * cell.W_oh.weight                  # (3)
+            dh1 = torch.addcmul(dh1, y.dG_o.sum(-1, keepdim=True), cell.W_oh.weight)     # (3)
             dc1 = lstm_backward(y.S, dh1, dc1, dS_in_t[t])                               # (4)
             dh2_S, dh1 = (dS_in_t[t] @ cell.S_h.weight).split(cell.H, -1)                # (4)
-            dh2 = dh2 + dh2_S + y.dG_t * cell.W_Th.weight                                # (4), (9)
+            dh2 = torch.addcmul(dh2 + dh2_S, y.dG_t, cell.W_Th.weight)                   # (4), (9)
         dT_in.addcmul_(ctx.valid, dnum.unsqueeze(1))                                     # (7)  the sum before frame 0
         frames = lambda name: torch.stack([getattr(y, name) for y in ys], 1)             # (B,T,.)
         rows = lambda v: v.flatten(0, 1)                                                 # (B T,.)
-        dG_o, dG_t, h2h1 = frames("dG_o"), frames("dG_t"), rows(frames("h2h1"))
-        S, T, logits = rows(dS_in), rows(dgates_T), rows(frames("dlogits"))
+        dG_o, dG_t, h2h1, logits = frames("dG_o"), frames("dG_t"), frames("h2h1"), rows(frames("dlogits"))
         return (None, None, None, dS_in, dG_o, dG_t * frames("A_o"), dG_t, dT_in,
-                S.T @ h2h1, T.T @ rows(frames("Ph2")),
-                rows(dG_o).sum(-1)[None] @ rows(frames("h1")), rows(dG_t).T @ h2h1[:, :cell.H],
+                on_frames_backward(dS_in, h2h1), on_frames_backward(dgates_T, frames("Ph2")),
+                rows(dG_o).sum(-1)[None] @ rows(frames("h1")), rows(dG_t).T @ rows(h2h1)[:, :cell.H],
                 logits.T @ rows(frames("h2")), logits.sum(0))
 
 

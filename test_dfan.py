@@ -671,17 +671,23 @@ def test_planted_command_same_seed_twice(tmp_path):
     assert "most attended frame inside" in first and "(uniform 0.083, centre " in first
 
 
-def test_torchrun_gives_the_same_numbers(tmp_path, capsys):
-    feats = write_feats(tmp_path / "f", n=6)
-    common = ["--data", str(feats), "--dataset", "videoemotion", "--hidden", "4", "--epochs", "2", "--device", "cpu",
-              "--out"]
-    dfan.main([*common, str(tmp_path / "a")])
-    alone = capsys.readouterr().out
-    spread = shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "dfan.py", *common,
-                   tmp_path / "b").stdout
-    results = [[line for line in out.splitlines() if line.startswith("result")] for out in (alone, spread)]
+def test_torchrun_gives_the_same_numbers(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(18):                                           # sizes at which the number of threads is seen
+        path = tmp_path / "f" / "abcdef"[i % 6] / f"{i}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **{name: rng.standard_normal(size, np.float32).astype(np.float16) for name, size in (
+            ("action", (30, 256)), ("scene", (30, 5)), ("objects", (30, 4, 6)))})
+    argv = [HERE / "dfan.py", "--data", tmp_path / "f", "--dataset", "videoemotion", "--hidden", "256", "--batch", "3",
+            "--epochs", "2", "--device", "cpu", "--out"]
+    alone = shell(*argv, tmp_path / "alone", check=0)
+    spread = shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *argv, tmp_path / "spread")
+    results = [[line for line in done.stdout.splitlines() if line.startswith("result")] for done in (alone, spread)]
     assert len(results[0]) == 12 and results[0] == results[1]
     assert len({line.split("seed")[1].split()[0] for line in results[0][:10]}) == 10
+    for number in range(10):
+        a, b = (torch.load(tmp_path / name / f"run{number}.pt", weights_only=True) for name in ("alone", "spread"))
+        assert a["history"] == b["history"] and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
 
 
 def test_errors_are_one_line_and_exit_2(tmp_path, capsys):
