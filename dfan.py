@@ -22,10 +22,11 @@ feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of
                              ^
                      P and h2 of t-1
 
-How to read it. Tensors of section 3 keep the paper's letters: capital O is the whole video, small o one frame; hat and
-bar are suffixes; the blackboard-bold F (action and scene together) is FF. A line that computes the left-hand side of
-an equation bears its number, (1) to (10). [R1] to [R15] are rows of the README's table "Where the paper is silent or
-ambiguous". What is quoted with a section, as (3.2), is the paper's text. Code counts frames from 0, the paper from 1.
+How to read it. Tensors of section 3 keep the paper's letters: in F_O the capital O is the whole video, in F_o the small
+one a frame; hat and bar are suffixes; the blackboard-bold F (action and scene together) is FF. A line that computes an
+equation, or a part of one, bears its number, (1) to (10). [R1] to [R15] are rows of the README's table "Where the
+paper is silent or ambiguous". What is quoted with a section, as (3.2), is the paper's text. Code counts frames from 0,
+the paper from 1.
 
     B videos in a batch   T frames (the longest of the batch)   K objects a frame   H hidden units   C emotions
     F_A (B,T,2048)   F_S (B,T,365)   F_O (B,T,K,84)   FF (B,T,2413)   A_o (B,T,K)   A_T (B,T)   P (B,T,C)
@@ -76,7 +77,7 @@ class InputError(Exception):
 # ======================================================================================================================
 
 def lstm(gates, c):
-    """One step of a vanilla LSTM. gates (B,4H): input and recurrent half added, in PyTorch's order i, f, g, o; c (B,H).
+    """One step of a vanilla LSTM. gates (B,4H): all products and biases added, in PyTorch's order i, f, g, o; c (B,H).
 
     Returns the new h and c, (B,H) each, and what lstm_backward needs.
     """
@@ -89,9 +90,7 @@ def lstm(gates, c):
 
 def objects_there(F_O):
     """Which objects are there: (...,K,84) -> (...,K) bool; a missing one is all zero [R3]."""
-    if F_O.shape[-1] == 0:                                          # no objects among the features
-        return F_O.any(-1)
-    return (F_O.amax(-1) != 0) | (F_O.amin(-1) != 0)                # five times as fast as (F_O != 0).any(-1)
+    return F_O.abs().sum(-1) != 0                                   # faster than (F_O != 0).any(-1)
 
 
 def mean_object(F_O, there):
@@ -107,7 +106,7 @@ def as_image(F):
 def on_frames(F, W, bias=None):
     """nn.functional.linear for all frames (B,T,D), on a CPU as a convolution of size 1.
 
-    oneDNN computes it, for which some processors need half the time of MKL's product; nn.LSTM has it from there too.
+    The same product, but oneDNN computes it, on some processors twice as fast as MKL.
     """
     if F.device.type != "cpu" or F.shape[-1] == 0:
         return nn.functional.linear(F, W, bias)
@@ -117,24 +116,23 @@ def on_frames(F, W, bias=None):
 class DFACell(nn.Module):
     """The Dual Focus Attention cell: "two focus attention modules with two vanilla LSTM cells" (3.2).
 
-    `forward` is one frame. Each linear map of a feature is applied to the whole video before the loop (`project`); by
-    linearity that is exact: the sum over i of A_Ti times W FF_i equals W times the sum. The bias of a recurrent half is
-    added there too, since the A_Ti sum to 1. (7) and (8) are a ratio of two running sums, with e_i = exp(G_Ti): num =
-    sum of e_i FF_i (T_in applied) and den = sum of e_i. Frame t changes entry t alone, and in training (10) moves
-    weight between t and t-1.
+    `forward` is one frame. What multiplies a feature is done for the whole video first (`project`); that is exact:
+        sum_i A_Ti (W FF_i + b) = W F_t + b          since the A_Ti sum to 1
+    (7) with (8) is num / den, two running sums over e_i = exp(G_Ti): num = sum_i e_i (T_in of FF_i), den = sum_i e_i.
+    Frame t changes entry t alone; in training (10) moves weight between entries t-1 and t, which leaves den as it is.
     """
 
     def __init__(self, d_action, d_scene, d_object, hidden, classes, beta=BETA):
         super().__init__()
-        self.beta, self.H, self.C, self.d_object = beta, hidden, classes, d_object
+        self.beta, self.H, self.C, self.widths = beta, hidden, classes, (d_object, d_action, d_scene)
         d_FF = d_action + d_scene
         self.W_oh = nn.Linear(hidden, 1, bias=False)              # (3)  one scalar an object [R2]
         self.W_of = nn.Linear(d_object, 1)                        # (3)  its bias is b_o
-        self.S_in = nn.Linear(d_object, 4 * hidden)               # (4)  LSTM.S, input half
-        self.S_h = nn.Linear(2 * hidden, 4 * hidden)              # (4)  LSTM.S, recurrent half: [h2; h1] [R1]
+        self.S_in = nn.Linear(d_object, 4 * hidden)               # (4)  LSTM.S on F_O_bar: known before the loop
+        self.S_h = nn.Linear(2 * hidden, 4 * hidden)              # (4)  LSTM.S on [h2; h1]: h1 is its own state [R1]
         self.W_p = nn.Linear(hidden, classes)                     # (5)  its bias is b_p
-        self.T_in = nn.Linear(d_FF, 4 * hidden)                   # (6)  LSTM.T, input half
-        self.T_h = nn.Linear(classes + hidden, 4 * hidden)        # (6)  LSTM.T, recurrent half: [P; h2] [R4]
+        self.T_in = nn.Linear(d_FF, 4 * hidden)                   # (6)  LSTM.T on F_t
+        self.T_h = nn.Linear(classes + hidden, 4 * hidden)        # (6)  LSTM.T on [P; h2]: h2 is its own state [R4]
         self.W_Th = nn.Linear(hidden, 1, bias=False)              # (9)
         self.W_Tf = nn.Linear(d_object + d_FF, 1)                 # (9)  on [F_o_hat; F_A; F_S]; its bias is b_T
 
@@ -143,22 +141,20 @@ class DFACell(nn.Module):
 
         F_A (B,T,2048), F_S (B,T,365), F_O (B,T,K,84), valid (B,T,1): 1 for a frame, 0 for padding.
         """
-        def on_FF(W, bias, linear=nn.functional.linear):                                 # W FF = W_A F_A + W_S F_S
-            W_A, W_S = W.split([F_A.shape[-1], F_S.shape[-1]], -1)
-            return linear(F_A, W_A, bias).add_(linear(F_S, W_S))
-
-        there = objects_there(F_O)                                                       # (B,T,K)
-        W_object, W_FF = self.W_Tf.weight.split([self.d_object, F_A.shape[-1] + F_S.shape[-1]], -1)
+        there, linear = objects_there(F_O), nn.functional.linear                         # (B,T,K)
+        W_object, W_A, W_S = self.W_Tf.weight.split(self.widths, -1)
+        T_A, T_S = self.T_in.weight.split(self.widths[1:], -1)                           # T_in FF = T_A F_A + T_S F_S
         return types.SimpleNamespace(
             S_in=self.S_in(mean_object(F_O, there)).add_(self.S_h.bias),                 # (4)  (B,T,4H)
             W_of=self.W_of(F_O).squeeze(-1),                                             # (3)  (B,T,K)
             W_Tf_object=F_O @ W_object[0],                                               # (1) in (9)  (B,T,K)
-            W_Tf_FF=on_FF(W_FF, self.W_Tf.bias),                                         # (9)  (B,T,1)
-            T_in=on_FF(self.T_in.weight, self.T_in.bias + self.T_h.bias, on_frames),     # (7)  (B,T,4H)
-            valid=valid, absent=torch.where(there, 0., -1e4))                            # (2)  exp(-1e4) = 0
+            W_Tf_FF=linear(F_A, W_A, self.W_Tf.bias) + linear(F_S, W_S),                 # (9)  (B,T,1)
+            T_in=on_frames(F_A, T_A, self.T_in.bias + self.T_h.bias).add_(                # (7) in (6)  (B,T,4H)
+                on_frames(F_S, T_S)),
+            valid=valid, absent=-1e4 * (~there).to(F_O.dtype))                           # (2)  exp(-1e4) = 0 [R3]
 
     def start(self, x, sum_T_in):
-        """The state before the first frame: zeros, its P too [R4], and G_T = 0, that is, uniform attention [R5].
+        """The state before the first frame: zeros, its P too [R4], and G_T = 0, e = 1, that is, uniform attention [R5].
 
         x: as in `forward`; sum_T_in (B,4H): the sum of T_in over the video's frames.
         """
@@ -185,42 +181,40 @@ class DFACell(nn.Module):
         # --- Time Series Focus (3.2.2)
         y.G_t = torch.tanh(self.W_Th(s.h2) + W_Tf_F_o_hat + x.W_Tf_FF[t])                # (9)   (B,1)  entry t [R5]
         y.e_t = y.G_t.exp() * x.valid[t]                                                 # (8)   A_Tt = e_t / den
-        y.rise = y.e_t - x.valid[t]                                                      #       e_t was 1: G_t was 0
+        y.rise, s.e[t] = y.e_t - s.e[t], y.e_t                                           #       from exp(0) [R5]
         s.num = s.num + y.rise * x.T_in[t]                                               # (7)   (B,4H)
         s.den = s.den + y.rise                                                           # (8)   (B,1)
-        y.F_t, y.den = s.num / s.den, s.den                                              # (7)   (B,4H) T_in applied
+        y.T_in_F_t, y.den = s.num / s.den, s.den                                         # (7)   (B,4H) T_in applied
         y.Ph2 = torch.cat([s.P, s.h2], -1)
-        s.h2, s.c2, y.T = lstm(torch.addmm(y.F_t, y.Ph2, self.T_h.weight.T), s.c2)       # (6)   (B,H)  [R4]
+        s.h2, s.c2, y.T = lstm(torch.addmm(y.T_in_F_t, y.Ph2, self.T_h.weight.T), s.c2)  # (6)   (B,H)  [R4]
         y.logits = self.W_p(s.h2)                                                        # (5)   (B,C)
         s.P = torch.softmax(y.logits, -1)                                                # (5)   (B,C)
         y.h1, y.h2, y.P = s.h1, s.h2, s.P
         # --- attention scrambler: "during the training stage", "mixed after each prediction" (3.2.2)
-        s.e[t] = y.e_t
-        if self.training and t > 0:
-            y.mix = (1 - self.beta) * x.valid[t] * (s.e[t] - s.e[t - 1])                 # den, the sum, stays
+        if self.training and t > 0:                         # beta a + (1 - beta) b = a + (1 - beta)(b - a); den stays
+            y.mix = (1 - self.beta) * x.valid[t] * (s.e[t] - s.e[t - 1])                 # (10)
             s.e[t - 1], s.e[t] = s.e[t - 1] + y.mix, s.e[t] - y.mix                      # (10)  at once [R6]
             s.num = s.num + y.mix * (x.T_in[t - 1] - x.T_in[t])                          # (10)  in (7)
         return y
 
 
-def unroll(cell, x, ys=None):
+def unroll(cell, x):
     """The cell over all frames. x: what `project` returns; its entries become tuples over t.
 
-    Returns logits (B,T,C), A_o (B,T,K) and, after the last frame, e (B,T), den (B,1); ys gets what each frame returns.
+    Returns (logits (B,T,C), A_o (B,T,K) and, after the last frame, e (B,T), den (B,1)), and what each frame returned.
     """
-    ys = [] if ys is None else ys
     sum_T_in = (x.valid.transpose(1, 2) @ x.T_in).squeeze(1)
     for name, value in vars(x).items():
         setattr(x, name, value.unbind(1))                 # once: the gradient of x[:, t] would fill a full-size tensor
     s = cell.start(x, sum_T_in)
-    ys.extend(cell(t, x, s) for t in range(len(x.valid)))
-    return torch.stack([y.logits for y in ys], 1), torch.stack([y.A_o for y in ys], 1), torch.cat(s.e, -1), s.den
+    ys = [cell(t, x, s) for t in range(len(x.valid))]
+    return (torch.stack([y.logits for y in ys], 1), torch.stack([y.A_o for y in ys], 1), torch.cat(s.e, -1), s.den), ys
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The gradient of the loop, written out: the lines of DFACell.forward from the last to the first. It equals autograd's
 # (a test compares them) and is faster: no graph of some fifty small nodes a frame, and each weight's gradient is one
-# product for all frames. Nothing of the method is below; a reader may skip to DFAN.
+# product for all frames. Nothing of the method is in this part; skip to DFAN.
 # ----------------------------------------------------------------------------------------------------------------------
 
 sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward.default, torch.ops.aten.tanh_backward.default
@@ -251,28 +245,31 @@ class Loop(torch.autograd.Function):
 
     @staticmethod
     def run(cell, x):
-        """The same as `unroll`."""
+        """What `unroll` returns first."""
         return Loop.apply(cell, x.valid, x.absent, x.S_in, x.W_of, x.W_Tf_object, x.W_Tf_FF, x.T_in,
                           cell.S_h.weight, cell.T_h.weight, cell.W_oh.weight, cell.W_Th.weight, cell.W_p.weight,
                           cell.W_p.bias)
 
     @staticmethod
-    def forward(ctx, cell, valid, absent, S_in, W_of, W_Tf_object, W_Tf_FF, T_in, *_):
-        ctx.cell, ctx.valid, ctx.ys = cell, valid, []
+    def forward(ctx, cell, valid, absent, S_in, W_of, W_Tf_object, W_Tf_FF, T_in, *weights):
+        ctx.cell, ctx.valid = cell, valid
+        ctx.save_for_backward(*weights)
         ctx.x = types.SimpleNamespace(valid=valid, absent=absent, S_in=S_in, W_of=W_of, W_Tf_object=W_Tf_object,
                                       W_Tf_FF=W_Tf_FF, T_in=T_in)
-        return unroll(cell, ctx.x, ctx.ys)
+        out, ctx.ys = unroll(cell, ctx.x)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogits, dA_o, de, dden):
         cell, x, ys, zeros = ctx.cell, ctx.x, ctx.ys, torch.zeros_like
+        S_h, T_h, W_oh, W_Th, W_p, _ = ctx.saved_tensors
         dlogits, dA_o, de = dlogits.unbind(1), dA_o.unbind(1), list(de.split(1, -1))
-        gates = len(ys[0].h1), len(ys), 4 * cell.H                                       # (B,T,4H)
-        dS_in, dgates_T, dT_in = ctx.valid.new_empty(gates), ctx.valid.new_empty(gates), ctx.valid.new_zeros(gates)
+        shape = len(ys[0].h1), len(ys), 4 * cell.H                                       # (B,T,4H)
+        dS_in, dgates_T, dT_in = ctx.valid.new_empty(shape), ctx.valid.new_empty(shape), ctx.valid.new_zeros(shape)
         dS_in_t, dgates_T_t, dT_in_t = dS_in.unbind(1), dgates_T.unbind(1), dT_in.unbind(1)
         dh1, dc1, dh2, dc2 = (zeros(ys[0].h1) for _ in range(4))
-        dP, dnum = zeros(ys[0].P), zeros(ys[0].F_t)
+        dP, dnum = zeros(ys[0].P), zeros(ys[0].T_in_F_t)
         for t, y in reversed(list(enumerate(ys))):
             if y.mix is not None:                                                        # (10)
                 dmix = (dnum * (x.T_in[t - 1] - x.T_in[t])).sum(-1, keepdim=True) + de[t - 1] - de[t]
@@ -281,19 +278,19 @@ class Loop(torch.autograd.Function):
                 torch.mul(y.mix, dnum, out=dT_in_t[t - 1])
                 dT_in_t[t].sub_(dT_in_t[t - 1])
             y.dlogits = dlogits[t] + softmax_backward(dP, y.P)                           # (5)
-            dc2 = lstm_backward(y.T, torch.addmm(dh2, y.dlogits, cell.W_p.weight), dc2, dgates_T_t[t])     # (6)
-            dP, dh2 = (dgates_T_t[t] @ cell.T_h.weight).split([cell.C, cell.H], -1)      # (6)
+            dc2 = lstm_backward(y.T, torch.addmm(dh2, y.dlogits, W_p), dc2, dgates_T_t[t])  # (6)
+            dP, dh2 = (dgates_T_t[t] @ T_h).split([cell.C, cell.H], -1)                  # (6)
             dF_t = dgates_T_t[t] / y.den                                                 # (7)
-            dnum, dden = dnum + dF_t, dden - (dF_t * y.F_t).sum(-1, keepdim=True)        # (7), (8)
+            dnum, dden = dnum + dF_t, dden - (dF_t * y.T_in_F_t).sum(-1, keepdim=True)   # (7), (8)
             dT_in_t[t].addcmul_(y.rise, dnum)                                            # (7)
-            de_t = de[t] + dden + (dnum * x.T_in[t]).sum(-1, keepdim=True)               # (8)
+            de_t = de[t] + dden + (dnum * x.T_in[t]).sum(-1, keepdim=True)               # (7), (8)
             y.dG_t = tanh_backward(de_t * y.e_t, y.G_t)                                  # (9)  before the tanh
             dA_o_t = torch.addcmul(dA_o[t], y.dG_t, x.W_Tf_object[t])                    # (1)
             y.dG_o = tanh_backward(softmax_backward(dA_o_t, y.A_o), y.G_o)               # (2), (3)  before the tanh
-            dh1 = torch.addcmul(dh1, y.dG_o.sum(-1, keepdim=True), cell.W_oh.weight)     # (3)
+            dh1 = torch.addcmul(dh1, y.dG_o.sum(-1, keepdim=True), W_oh)                 # (3)
             dc1 = lstm_backward(y.S, dh1, dc1, dS_in_t[t])                               # (4)
-            dh2_S, dh1 = (dS_in_t[t] @ cell.S_h.weight).split(cell.H, -1)                # (4)
-            dh2 = torch.addcmul(dh2 + dh2_S, y.dG_t, cell.W_Th.weight)                   # (4), (9)
+            dh2_S, dh1 = (dS_in_t[t] @ S_h).split(cell.H, -1)                            # (4)
+            dh2 = torch.addcmul(dh2 + dh2_S, y.dG_t, W_Th)                               # (4), (9)
         dT_in.addcmul_(ctx.valid, dnum.unsqueeze(1))                                     # (7)  the sum before frame 0
         frames = lambda name: torch.stack([getattr(y, name) for y in ys], 1)             # (B,T,.)
         rows = lambda v: v.flatten(0, 1)                                                 # (B T,.)
@@ -311,7 +308,7 @@ class DFAN(nn.Module):
     and beta of (10).
     """
 
-    Cell, unroll = DFACell, staticmethod(Loop.run)
+    Cell, unroll = DFACell, staticmethod(Loop.run)          # autograd through `unroll` gives the same, slower
 
     def __init__(self, d_action, d_scene, d_object, hidden, classes, beta=BETA):
         super().__init__()
@@ -321,7 +318,7 @@ class DFAN(nn.Module):
         """F_A (B,T,d_action), F_S (B,T,d_scene), F_O (B,T,K,d_object), lengths (B,) frames of each video, T if None.
 
         An object whose features are all zero is not there [R3]. Frames from a video's length on are padding: whatever
-        numbers they hold change nothing; they are zeros in what is returned, a dict of
+        finite numbers they hold change nothing; they are zeros in what is returned, a dict of
             logits (B,T,C)   before the softmax of (5): what the loss takes
             P      (B,T,C)   P_t (5)
             A_T    (B,T)     the time attention (8) as it stands after the video's last frame
@@ -333,7 +330,8 @@ class DFAN(nn.Module):
         x = self.cell.project(F_A, F_S, F_O, valid.to(F_A.dtype))
         logits, A_o, e, den = self.unroll(self.cell, x)
         logits = logits * valid
-        return dict(logits=logits, P=torch.softmax(logits, -1) * valid, A_T=e / den,
+        return dict(logits=logits, P=torch.softmax(logits, -1) * valid,                  # (5)
+                    A_T=e / den,                                                         # (8)
                     A_o=A_o * (objects_there(F_O) & valid))
 
 
@@ -352,10 +350,11 @@ class TimeFocusCell(DFACell):
     def __init__(self, d_action, d_scene, d_object, hidden, classes, beta=BETA):
         super().__init__(d_action, d_scene, max(1, d_object), hidden, classes, beta)
         del self.W_oh, self.W_of, self.S_in, self.S_h
-        self.d_object, self.W_Tf = d_object, nn.Linear(d_object + d_action + d_scene, 1)        # d_object 0: no objects
+        self.W_Tf = nn.Linear(d_object + d_action + d_scene, 1)                          # d_object 0: no objects
+        self.widths = d_object, d_action, d_scene
 
     def project(self, F_A, F_S, F_O, valid):
-        W_object, W_FF = self.W_Tf.weight.split([self.d_object, F_A.shape[-1] + F_S.shape[-1]], -1)
+        W_object, W_FF = self.W_Tf.weight.split([self.widths[0], sum(self.widths[1:])], -1)
         FF, there = torch.cat([F_A, F_S], -1), objects_there(F_O)
         return types.SimpleNamespace(
             W_Tf_object=mean_object(F_O, there) @ W_object.T, W_Tf_FF=FF @ W_FF.T + self.W_Tf.bias,     # (9)  (B,T,1)
@@ -367,7 +366,7 @@ class TimeFocusCell(DFACell):
 
 
 class TimeFocus(DFAN):
-    Cell, unroll = TimeFocusCell, staticmethod(unroll)
+    Cell, unroll = TimeFocusCell, staticmethod(lambda cell, x: unroll(cell, x)[0])
 
 
 class Pooling(nn.Module):

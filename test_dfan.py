@@ -182,7 +182,7 @@ def test_the_loops_gradient_is_autograds(training):
     net = make_net().train(training)
     *F, lengths = make_batch([7, 3, 5])
     valid = (torch.arange(7) < lengths[:, None]).unsqueeze(-1).double()
-    plain = dfan.unroll(net.cell, net.cell.project(*F, valid))
+    plain, _ = dfan.unroll(net.cell, net.cell.project(*F, valid))
     written = dfan.Loop.run(net.cell, net.cell.project(*F, valid))
     weights = [torch.randn(v.shape, dtype=v.dtype) for v in plain]
     grads = []
@@ -1543,7 +1543,8 @@ def recurrence(B, T, rounds, with_literal, H=256):
             if n:
                 seconds[name].append(time.perf_counter() - start)
     median = {name: float(np.median(v)) for name, v in seconds.items()}
-    for a, b, what in (("dfan", "lstm", "dfan.py / nn.LSTM"), ("literal", "dfan", "equations taken literally / dfan.py")):
+    for a, b, what in (("dfan", "lstm", "dfan.py / nn.LSTM"),
+                       ("literal", "dfan", "equations taken literally / dfan.py")):
         if a in median:
             fastest = min(seconds[a]), min(seconds[b])
             row(median[a] / median[b], f"{what}, B={B}, T={T} (fastest: {fastest[0] / fastest[1]:.2f})",
@@ -1555,7 +1556,7 @@ def peak_memory(T, B=16):
     code = f"""import re, sys, torch; sys.path.insert(0, {str(HERE)!r}); import dfan
 F = torch.randn({B}, {T}, 2048), torch.randn({B}, {T}, 365), torch.rand({B}, {T}, 16, 84)
 net = dfan.DFAN(2048, 365, 84, 256, 6).train()
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])     # not a parent's, as ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # not a parent's, as ru_maxrss
 before = peak()
 dfan.loss_fn(net(*F)["logits"], torch.zeros({B}, dtype=torch.long), torch.full(({B},), {T})).backward()
 print((peak() - before) / 1024)"""
@@ -1689,7 +1690,7 @@ class OverwritesAll(dfan.DFACell):
             e = mixed
         s.e, s.den = list(e.split(1, -1)), e.sum(-1, keepdim=True)
         F_t = (e.unsqueeze(-1) * x.all_T_in[t]).sum(1) / s.den
-        s.h2, s.c2, _ = dfan.lstm(torch.addmm(F_t, torch.cat([s.P, s.h2], -1), s.T_h), s.c2)
+        s.h2, s.c2, _ = dfan.lstm(torch.addmm(F_t, torch.cat([s.P, s.h2], -1), self.T_h.weight.T), s.c2)
         y.logits = self.W_p(s.h2)
         s.P = y.logits.softmax(-1)
         return y
@@ -1702,10 +1703,6 @@ class StartsEmpty(dfan.DFACell):
         s = super().start(x, torch.zeros_like(sum_T_in))
         s.e, s.den = [torch.zeros_like(v) for v in s.e], torch.zeros_like(s.den)
         return s
-
-    def forward(self, t, x, s):
-        s.num, s.den = s.num + x.valid[t] * x.T_in[t], s.den + x.valid[t]
-        return super().forward(t, x, s)
 
 
 class MixesInTurn(dfan.DFACell):
@@ -1736,6 +1733,26 @@ READINGS = {"ours": {}, "(9): T numbers a frame, all overwritten [R5]": dict(cel
             "loss: the last frame alone [R7]": dict(loss=last_frame_loss)}
 
 
+def network_of(cell):
+    """DFAN with another cell; autograd goes through its forward."""
+    return type("Net", (dfan.DFAN,), dict(Cell=cell, unroll=staticmethod(lambda cell, x: dfan.unroll(cell, x)[0])))
+
+
+@pytest.mark.parametrize("cell", [OverwritesAll, StartsEmpty, MixesInTurn])
+def test_other_readings_run_and_differ(cell):
+    lengths = torch.tensor([24, 20])
+    *F, _ = make_batch([24, 20], dtype=torch.float32)
+    outs = []
+    for kind in (dfan.DFACell, cell):
+        torch.manual_seed(1)
+        net = network_of(kind)(7, 5, 6, 4, 3).train()
+        outs.append(net(*F, lengths))
+        dfan.loss_fn(outs[-1]["logits"], torch.tensor([0, 1]), lengths).backward()
+        assert torch.allclose(outs[-1]["A_T"].sum(1), torch.ones(2))
+        assert all(p.grad.isfinite().all() for p in net.parameters())
+    assert (outs[0]["logits"] - outs[1]["logits"]).abs().max() > 1e-6
+
+
 def try_reading(name, seed):
     """One run on the planted set under one reading: accuracy, time share, object share."""
     change = READINGS[name]
@@ -1744,7 +1761,7 @@ def try_reading(name, seed):
     torch.set_num_threads(1)
     dfan.loss_fn = change.get("loss", dfan.loss_fn)
     if "cell" in change:
-        net = type("Net", (dfan.DFAN,), dict(Cell=change["cell"], unroll=staticmethod(dfan.unroll)))
+        net = network_of(change["cell"])
         dfan.make_network = lambda shape, C, a: net(shape[0], shape[1], shape[3], a.hidden, C, a.beta)
     data = dfan.Planted(seed)
     result = dfan.run(0, data, *data.splits[0], args)
