@@ -41,6 +41,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import sys
 import time
 import types
@@ -49,16 +50,20 @@ import zlib
 from pathlib import Path
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")      # the same numbers in every run
-if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("OMP_NUM_THREADS") == "1":        # as torchrun sets it
-    del os.environ["OMP_NUM_THREADS"]                 # as many threads as without torchrun: the same numbers
+if __name__ == "__main__" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+    del os.environ["OMP_NUM_THREADS"]                 # torchrun's; as many threads as without it: the same numbers
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"         # and the ranks' threads do not hinder each other
 
-import numpy as np
-import sklearn
-import torch
-from sklearn.metrics import average_precision_score, confusion_matrix
-from sklearn.model_selection import StratifiedShuffleSplit
-from torch import nn
+try:
+    import numpy as np
+    import sklearn
+    import torch
+    from sklearn.metrics import average_precision_score, confusion_matrix
+    from sklearn.model_selection import StratifiedShuffleSplit
+    from torch import nn
+except ImportError as missing:
+    print(f"dfan.py: {missing}; pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 BETA = 0.6                                # "we empirically set beta = 0.6" (3.2.2)
 FEATURES = ("action", "scene", "objects")  # F_A, F_S, F_O (3.1)
@@ -423,7 +428,8 @@ def vote(P, lengths):
 # Data: feature files, split lists (4.1), the planted set
 # ======================================================================================================================
 
-DAMAGED = (ValueError, TypeError, EOFError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, ValueError, TypeError, EOFError, AttributeError, IndexError, RuntimeError, MemoryError,
+           zipfile.BadZipFile, zlib.error)
 
 
 def read_features(path, names):
@@ -483,7 +489,8 @@ def as_inputs(F, K):
 
 class Videos:
     """A data set: ids ("class/stem"), labels, lengths, classes, widths {feature: its shape in a frame}."""
-    emotional, extraction = {}, None      # {position: its emotional frames (T,) bool}; what a checkpoint remembers
+    emotional = {}                        # {position: its emotional frames (T,) bool}
+    settings, extraction = {}, None       # what made the files; what a checkpoint remembers of it
 
     def choose(self, features, K):
         """Sets the features in use, the number of objects K (None: all) and shape (d_action, d_scene, K, d_object)."""
@@ -512,10 +519,15 @@ class Features(Videos):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder; --data takes the folder that extract_features.py wrote")
-        paths = sorted(p for p in self.folder.glob("*/*") if p.name.endswith(".npz") and not p.name.startswith("."))
-        if not paths:
-            raise InputError(f"{folder}: no <class>/<name>.npz in it; --data takes the folder that "
-                             "extract_features.py wrote")
+        paths = []
+        for place in sorted(p for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            files = sorted(p for p in place.iterdir() if p.name.endswith(".npz") and not p.name.startswith("."))
+            if not files:
+                raise InputError(f"{place}: a class without an .npz; extract its videos, or remove the folder")
+            paths += files
+        if len({p.parent for p in paths}) < 2:
+            raise InputError(f"{folder}: no <class>/<name>.npz of two or more classes in it; --data takes the folder "
+                             "that extract_features.py wrote")
         self.ids = [f"{p.parent.name}/{p.name[:-4]}" for p in paths]
         self.classes = sorted({p.parent.name for p in paths})
         self.labels = [self.classes.index(p.parent.name) for p in paths]
@@ -621,7 +633,7 @@ def read_list(path, ids):
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")         # names may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a split list ({error})") from error
+        raise InputError(f"{path}: cannot be read as a split list, a text file in UTF-8 ({error})") from error
     position, stems = {name: i for i, name in enumerate(ids)}, {}
     for i, name in enumerate(ids):
         stems.setdefault(name.split("/", 1)[1], []).append(i)
@@ -655,15 +667,15 @@ def read_segments(path, data):
     A CSV file with columns video, class/name.mp4, and key_segment_1, key_segment_2, ..., each empty or from-to in
     minutes'seconds, as 0'3-0'10: the annotations published for Ekman-6. Raises InputError.
     """
-    position, emotional, skipped = {name: i for i, name in enumerate(data.ids)}, {}, []
+    position, emotional, skipped, unknown = {name: i for i, name in enumerate(data.ids)}, {}, [], []
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             reader = csv.DictReader(f)
-            rows = [(reader.line_num, row) for row in reader]
+            rows, names = [(reader.line_num, row) for row in reader], reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a CSV file of segments ({error})") from error
-    columns = [c for c in reader.fieldnames or () if c and c.startswith("key_segment")]
-    if not columns or "video" not in reader.fieldnames:
+    columns = [c for c in names if c and c.startswith("key_segment")]
+    if not columns or "video" not in names:
         raise InputError(f"{path}: no columns video and key_segment_1 in its first line; they hold class/name.mp4 and "
                          "ranges such as 0'3-0'10")
     for number, row in rows:
@@ -678,10 +690,16 @@ def read_segments(path, data):
         if not any((row[c] or "").strip() for c in columns):
             skipped.append(f"{path}, line {number}: no segment of {video}; skipped")
         stem = os.path.splitext(video)[0] if video.lower().endswith(SUFFIXES) else video
-        if ranges and stem in position:
+        if stem not in position:
+            unknown.append(video)
+        elif ranges:
             i = position[stem]
             seconds = read_times(data.paths[i], data.lengths[i])[1]
-            emotional[i] = np.any([(start <= seconds) & (seconds <= end) for start, end in ranges], 0)
+            inside = np.any([(start <= seconds) & (seconds <= end) for start, end in ranges], 0)
+            emotional[i] = inside | emotional.get(i, False)
+    if unknown:
+        skipped.append(f"{path}: {len(unknown)} rows are of videos without features: {', '.join(unknown[:5])}"
+                       f"{', ...' if len(unknown) > 5 else ''}")
     return emotional, skipped
 
 
@@ -810,12 +828,13 @@ def scores(labels, emotions, classes):
 
 def write_whole(path, content):
     """Writes bytes beside their place, then renames: an interruption leaves the old file whole. Raises InputError."""
-    part = path.parent / f".{os.getpid()}.part"
+    part = path.parent / f".{secrets.token_hex(8)}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in path.parent.glob(".*.part"):                   # of a process that was killed
-            if time.time() - other.stat().st_mtime > 600:
-                other.unlink()
+            with contextlib.suppress(FileNotFoundError):            # or of one that has just finished it
+                if time.time() - other.stat().st_mtime > 600:
+                    other.unlink()
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
@@ -831,18 +850,20 @@ def save(path, checkpoint):
     write_whole(path, buffer.getbuffer())
 
 
-CHECKPOINT = ("model", "optimizer", "epoch", "settings", "extraction", "classes", "history")
+CHECKPOINT = dict(model=dict, optimizer=dict, epoch=int, settings=dict, extraction=(dict, type(None)), classes=list,
+                  history=list)
 
 
 def load_checkpoint(path, remedy, entries=CHECKPOINT):
-    """The dict with these entries (plain tensors and values: nothing in the file runs). Raises InputError."""
+    """The dict with these entries, {name: type}: plain tensors and values, nothing in the file runs. Raises InputError.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    except (pickle.UnpicklingError, RuntimeError, KeyError, *DAMAGED) as error:
+    except (pickle.UnpicklingError, KeyError, *DAMAGED) as error:
         raise InputError(f"{path}: no checkpoint of this code, or a damaged one; {remedy}") from error
-    if not isinstance(saved, dict) or set(entries) - set(saved):
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(k, ...), kind) for k, kind in entries.items()):
         raise InputError(f"{path}: no checkpoint of this code (no {', '.join(entries)} in it); {remedy}")
     return saved
 
@@ -853,7 +874,7 @@ def restore(saved, path, device):
         settings = argparse.Namespace(**saved["settings"])
         model = make_network(settings.shape, len(saved["classes"]), settings)
         model.load_state_dict(saved["model"])
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: its tensors do not fit its settings ({' '.join(str(error).split())[:200]}); train "
                          "again") from error
     return model.to(device).eval()
@@ -865,10 +886,11 @@ def run(number, data, train, test, args):
     The run's seed is --seed plus its number. With --out, run<number>.pt holds the entries CHECKPOINT after each epoch.
     """
     seed, path = args.seed + number, args.out and Path(args.out, f"run{number}.pt")
+    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
     settings = {k: getattr(args, k) for k in ("hidden", "lr", "batch", "frames", "clip", "beta", "fusion")} | dict(
         features=list(data.features), shape=list(data.shape), seed=seed,
-        dataset=args.dataset if args.data else "planted",
-        videos=hashlib.sha256(json.dumps([[data.ids[i] for i in part] for part in (train, test)]).encode()).hexdigest())
+        dataset=args.dataset if args.data else "planted", extraction=digest(sorted(data.settings)),
+        videos=digest([[data.ids[i] for i in part] for part in (train, test)]))
     torch.manual_seed(seed)
     model = make_network(data.shape, len(data.classes), args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -882,8 +904,11 @@ def run(number, data, train, test, args):
         if saved["epoch"] > args.epochs:
             raise InputError(f"{path}: has {saved['epoch']} epochs already; ask for --epochs {saved['epoch']} or more, "
                              "or choose another --out")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (KeyError, *DAMAGED) as error:
+            raise InputError(f"{path}: its tensors do not fit its settings; delete it to start anew") from error
         done, history = saved["epoch"], saved["history"]
         print(f"run {number}    resumed after epoch {done}")
     elif args.resume:
@@ -1108,6 +1133,7 @@ def picture(args, name, image):
 
 def write(image, text, x, y, size=0.5, colour=BLACK, centre=False):
     import cv2
+    text = text.encode("ascii", "replace").decode()                    # its fonts have no other letters
     (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
     at = (int(x - width / 2), int(y + height / 2)) if centre else (int(x), int(y))
     cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
@@ -1266,28 +1292,33 @@ def predict(args):
     import extract_features
     saved = load_checkpoint(args.checkpoint, "--checkpoint takes a run0.pt that dfan.py wrote into its --out")
     model, settings = restore(saved, args.checkpoint, args.device), saved["settings"]
-    made = json.loads(saved["extraction"]["settings"]) if saved["extraction"] else {}
-    random = "trained on features of networks with RANDOM weights: it means nothing"
-    random = random if made.get("random_weights") is not None else ""
+    try:
+        made = dict(json.loads(saved["extraction"]["settings"])) if saved["extraction"] else {}
+    except (KeyError, *DAMAGED) as error:
+        raise InputError(f"{args.checkpoint}: no checkpoint of this code, or a damaged one; train again") from error
     networks, failed, stems = None, 0, [Path(source).stem for source in args.predict]
     for source, stem in zip(args.predict, stems):
-        name = stem if stems.count(stem) == 1 else f"{Path(source).absolute().parent.name}-{stem}"
+        name = stem if stems.count(stem) == 1 else f"{Path(source).absolute().parent.name}-{Path(source).name}"
         try:
-            path, video, warnings = Path(source), source, [random]
+            path, video, warnings = Path(source), source, []
             if not path.is_file():
-                raise InputError(f"{source}: no such file")
+                raise InputError(f"{source}: no such file; --predict takes videos, or .npz of extract_features.py")
             if path.suffix == ".npz":
                 video = find_video(args.videos, path.absolute().parent.name, stem) if args.videos else None
             else:
                 if not made:
                     raise InputError(f"{source}: {args.checkpoint} does not know how its features were made (the "
                                      "planted set, arrays of your own, or mixed settings); give features, as .npz")
-                if networks is None:
-                    networks = extract_features.remembered(made, (args.weights, saved["extraction"]["feats"]),
-                                                           args.device)
                 path = Path(args.out, f"{name}.npz")
-                warnings.append(extract_features.extract_one(source, path, networks, made))
+                warning = extract_features.already_extracted(source, path, made)
+                if warning is None:
+                    networks = networks or extract_features.remembered(
+                        made, (args.weights, saved["extraction"]["feats"]), args.device)
+                    warning = extract_features.extract_one(source, path, networks, made)
+                warnings.append(warning)
             F, other = read_features(path, settings["features"])
+            if {**made, **json.loads(other)}.get("random_weights") is not None:
+                warnings.insert(0, "features of networks with RANDOM weights: it means nothing")
             if made and other not in ("{}", saved["extraction"]["settings"]):
                 raise InputError(f"{source}: not made as the features of {args.checkpoint} were; give the video")
             numbers, seconds = read_times(path, len(next(iter(F.values()))))
@@ -1298,6 +1329,8 @@ def predict(args):
                                  f"{settings['shape']}; give features of the same kind")
             with torch.no_grad():
                 out = {k: v.cpu() for k, v in model(*(v[None].to(args.device) for v in (F_A, F_S, F_O))).items()}
+            if not out["P"].isfinite().all():
+                raise InputError(f"{args.checkpoint}: gives NaN; train again")
             A_T, A_o, F_O = out["A_T"][0].numpy(), out["A_o"][0].numpy(), F_O.numpy()
             emotion = saved["classes"][vote(out["P"], torch.tensor([len(A_T)]))[0]]
             sums = out["P"][0, -LAST_FRAMES:].sum(0).tolist()
@@ -1439,6 +1472,9 @@ def parse_args(argv=None):
                        "in torch hub's cache")
     group.add_argument("--json", action="store_true", help="print one JSON object a file")
     args = parser.parse_args(argv)
+    given = [name for name in (*NOT_IN_THE_PAPER, "fusion", "objects", "runs") if getattr(args, name) is not None]
+    if args.predict and given:
+        parser.error(f"--{given[0]}: --predict has it from --checkpoint")
     if bool(args.predict) != bool(args.checkpoint) or (args.weights or args.json) and not args.predict:
         parser.error("--predict and --checkpoint go together; --weights and --json go with them")
     if args.predict and (args.data or args.reproduce or args.segments or args.resume):
@@ -1446,8 +1482,8 @@ def parse_args(argv=None):
     for name, value in (NOT_IN_THE_PAPER if args.data else PLANTED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-        if not 0 < getattr(args, name) < float("inf"):
-            parser.error(f"--{name}: must be greater than 0")
+        if not 0 < getattr(args, name) < 1e30:
+            parser.error(f"--{name}: must be greater than 0, and a number")
     if not 0 <= args.beta <= 1:
         parser.error("--beta: must be in [0, 1]")
     if not 0 <= args.seed < 2 ** 31:
@@ -1458,6 +1494,8 @@ def parse_args(argv=None):
         parser.error("--reproduce: sets --features, --fusion and --objects itself")
     args.runs = args.runs or (5 if args.reproduce and not args.data else 1)
     args.features = tuple(name for name in args.features.split(",") if name)
+    if {"frames", "seconds", "fps", "settings"} & set(args.features):
+        parser.error("--features: frames, seconds, fps and settings describe a file, they are no features")
     if not args.features or len(set(args.features)) < len(args.features):
         parser.error("--features: names of arrays, each once, with commas between them")
     if not args.data and set(args.features) - set(FEATURES):
@@ -1469,6 +1507,8 @@ def parse_args(argv=None):
         parser.error("--objects and --runs must be at least 1")
     if args.runs > 1 and args.dataset == "videoemotion":
         parser.error("--runs: videoemotion has its ten")
+    if args.alternate_split and (args.split or args.dataset != "ekman"):
+        parser.error("--alternate-split: for ekman, in place of --split")
     if args.resume and not args.out:
         parser.error("--resume: needs --out, the folder of the checkpoints")
     if not args.data and (args.split or args.alternate_split or args.segments or args.dataset != "ekman"):
@@ -1478,14 +1518,16 @@ def parse_args(argv=None):
 
 def usable(device):
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error
 
 
-def existing_part(folder):
-    """The folder, or the nearest of its parents that is there."""
-    return next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+def check_writable(folder):
+    """Raises InputError if files can't be made in the folder, or, where it is not there, in the parent that is."""
+    place = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise InputError(f"{folder}: cannot be written to; choose another folder")
 
 
 def main(argv=None):
@@ -1498,8 +1540,8 @@ def main(argv=None):
     for name in ("videos", "weights"):
         if getattr(args, name) and not Path(getattr(args, name)).is_dir():
             raise InputError(f"--{name} {getattr(args, name)}: no such folder")
-    if args.out and not ((place := existing_part(args.out)).is_dir() and os.access(place, os.W_OK)):
-        raise InputError(f"--out {args.out}: cannot be written to; choose another folder")
+    if args.out:
+        check_writable(args.out)
     if args.predict:
         return predict(args)
     if not args.data:
@@ -1511,9 +1553,10 @@ def main(argv=None):
     if data.lengths[longest] > args.frames:
         raise InputError(f"{data.ids[longest]}: {data.lengths[longest]} frames, a batch may have --frames "
                          f"{args.frames}; give more (memory grows with it), or extract with a larger --every")
-    skipped = []
     if args.segments:
         data.emotional, skipped = read_segments(args.segments, data)
+        if args.rank == 0:
+            print("".join(f"segments {line}\n" for line in skipped), end="", flush=True)
         if not any(i in data.emotional for _, test in splits for i in test):
             raise InputError(f"{args.segments}: no segment of any validation video in it; videos are class/name.mp4, "
                              f"as {data.ids[splits[0][1][0]]}.mp4")
@@ -1536,8 +1579,6 @@ def main(argv=None):
         paper = PAPER_COUNTS.get(args.dataset) if args.data else None
         print(f"split    train {len(splits[0][0])} / validation {len(splits[0][1])}"
               + (f" (the paper's Ekman: {paper[0]} / {paper[1]})" if paper else ""), flush=True)
-        for line in skipped:
-            print(f"segments {line}", flush=True)
         if args.segments:
             print(f"segments {len(data.emotional)} of the videos have annotated segments", flush=True)
     if args.world > 1:
@@ -1553,23 +1594,34 @@ def main(argv=None):
     return 0
 
 
+def one_line(text):
+    return " ".join(str(text).splitlines())
+
+
 def command(main):
     """Runs a script's main(): its failures become one line and an exit status."""
     script = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):                   # names that a terminal cannot show
+    for stream in filter(None, (sys.stdout, sys.stderr)):     # names that a terminal cannot show
         stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
-        sys.stdout.flush()
+        if sys.stdout:                                        # None where it was closed
+            sys.stdout.flush()
     except BrokenPipeError:                                   # as in `python dfan.py | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (InputError, OSError) as failure:                  # OSError: no permission, for instance; it names the file
-        print(f"{script}: {failure}", file=sys.stderr)
+        print(f"{script}: {one_line(failure)}", file=sys.stderr)
+        status = 2
+    except (MemoryError, RuntimeError) as failure:
+        if "memory" not in str(failure) and not isinstance(failure, MemoryError):
+            raise
+        print(f"{script}: out of memory ({one_line(failure)[:200]}); give a smaller --batch"
+              f"{' or --frames' if script == 'dfan.py' else ''}, or --device cpu", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; what is finished is kept; go on with "
-              f"{'--resume' if script == 'dfan.py' else 'the same command'}", file=sys.stderr)
+        print(f"\n{script}: interrupted; finished files are kept; to go on, give the command again"
+              f"{', with --resume if it trained into --out' if script == 'dfan.py' else ''}", file=sys.stderr)
         status = 130
     sys.exit(status)
 

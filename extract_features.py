@@ -38,25 +38,26 @@ from pathlib import Path
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")         # broken videos are reported here, not by FFmpeg
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
-import numpy as np
-import torch
-from torch import nn
-from torchvision.models import detection, resnet18, resnet50
-from torchvision.models.resnet import Bottleneck
-from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
+try:
+    import cv2
+    import numpy as np
+    import torch
+    from torch import nn
+    from torchvision.models import detection, resnet18, resnet50
+    from torchvision.models.resnet import Bottleneck
+    from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
+except ImportError as missing:
+    print(f"extract_features.py: {missing}; pip install -r requirements.txt; if it is libGL that is missing: `apt "
+          "install libgl1`, or `pip uninstall opencv-python` and `pip install opencv-python-headless`", file=sys.stderr)
+    sys.exit(2)
 
-from dfan import DAMAGED, SUFFIXES, InputError, command, load_checkpoint, read_list, save, usable, write_whole
+from dfan import (DAMAGED, SUFFIXES, InputError, check_writable, command, load_checkpoint, one_line, read_list, save,
+                  usable, write_whole)
 
 try:
     import fcntl
 except ImportError:                        # Windows: two tunings at once are not kept apart
     fcntl = None
-try:
-    import cv2
-except ImportError as missing:
-    print(f"extract_features.py: cannot import cv2 ({missing}); on a server `apt install libgl1`, or "
-          "`pip uninstall opencv-python` and `pip install opencv-python-headless`", file=sys.stderr)
-    sys.exit(2)
 
 VERSION = 1                                # of the .npz layout
 EVERY, K = 8, 16                           # "one frame [...] at every eight frames" (4.1), "K = 16" (3.2.1)
@@ -109,10 +110,10 @@ def find_weights(network, folder):
     cache = Path(torch.hub.get_dir(), "checkpoints")
     path = next((p for p in (Path(folder or cache, name), cache / name) if p.is_file()), cache / name)
     if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
         failures = []
         for address in addresses:
             try:
+                cache.mkdir(parents=True, exist_ok=True)
                 print(f"download {address + name}", file=sys.stderr)
                 torch.hub.download_url_to_file(address + name, str(path), prefix, progress=sys.stderr.isatty())
                 break
@@ -155,7 +156,7 @@ def load_strictly(model, path, rename=lambda key: key):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict({rename(k): v for k, v in state.get("state_dict", state).items()}, strict=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+    except (pickle.UnpicklingError, KeyError, *DAMAGED) as error:
         raise InputError(f"{path}: not the weights of this network ({' '.join(str(error).split())[:300]}); delete it "
                          "and get the published file") from error
     return model
@@ -322,8 +323,8 @@ def read_video(path, every, flow):
                 greys.append(resize_short(grey, max(16, min(320, *grey.shape))))       # DIS takes no less than 12
             if number % every == 0:
                 seconds = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
-                if not last < seconds < float("inf"):             # no time stamps in the stream
-                    seconds = number / fps if fps > 0 else float(number)
+                if not last < seconds < float("inf"):             # no time stamps in the stream, or they start anew
+                    seconds = max(number / fps, last + every / fps) if fps > 0 else max(float(number), last + every)
                 last = seconds
                 frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
                 waiting.append(dict(number=number, seconds=seconds, fps=fps, frame=frame,
@@ -339,7 +340,7 @@ def read_video(path, every, flow):
             codec = int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True).decode("ascii", "replace")
             raise VideoError(f"no frame decodes (codec {codec.strip(chr(0) + ' ') or 'unknown'}); convert it: "
                              "ffmpeg -i IN -c:v libx264 OUT.mp4")
-        short = 0 < expected < 1e9 and number < 0.95 * expected
+        short = 0 < expected < 1e9 and number < 0.99 * expected - 2
         yield dict(end=f"only {number} of {expected:.0f} frames decode" if short else "")
     except cv2.error as error:
         raise VideoError(f"OpenCV: {' '.join(str(error).split())}") from error
@@ -421,16 +422,23 @@ def ahead(iterator):
 
 def find_videos(folder):
     """{"class/stem": path} of the videos below a folder, sorted. The class is the first folder. Raises InputError."""
-    folder, videos = Path(folder), {}
+    folder, videos, others = Path(folder), {}, []
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; it holds videos as {folder}/<class>/<name>.mp4")
-    for place, folders, files in os.walk(folder, followlinks=True):
+
+    def unreadable(error):
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(files):
+        for name in sorted(name for name in files if not name.startswith(".")):
             stem, suffix = os.path.splitext(name)
-            if name.startswith(".") or suffix.lower() not in SUFFIXES:
-                continue
             parts = Path(place, name).relative_to(folder).parts
+            if suffix.lower() not in SUFFIXES:
+                others += [name] * (len(parts) > 1)
+                continue
+            if len(os.fsencode(f"{stem}.npz")) > 255:
+                raise InputError(f"{Path(place, name)}: its name is too long for that of an .npz; shorten it")
             if len(parts) < 2:
                 raise InputError(f"{folder / name}: in no class folder; move it to {folder}/<class>/{name}")
             identity = f"{parts[0]}/{stem}"
@@ -439,6 +447,9 @@ def find_videos(folder):
             videos[identity] = Path(place, name)
     if not videos:
         raise InputError(f"{folder}: no video below it ({' '.join(SUFFIXES)}); it holds <class>/<name>.mp4")
+    if others:
+        print(f"skipped  {len(others)} files whose suffix is no video's: {', '.join(others[:5])}"
+              f"{', ...' if len(others) > 5 else ''}")
     return dict(sorted(videos.items()))
 
 
@@ -446,8 +457,8 @@ def is_finished(path, settings):
     """Whether a whole .npz made with these settings is there. Raises InputError if it was made with others."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            old = json.loads(str(f["settings"]))
-    except (FileNotFoundError, KeyError, *DAMAGED):
+            old = dict(json.loads(str(f["settings"])))
+    except (KeyError, *DAMAGED):
         return False                                               # not there, or damaged: made again
     differs = [f"{k} {old.get(k)} (now {settings.get(k)})" for k in settings | old if old.get(k) != settings.get(k)]
     if differs:
@@ -478,7 +489,7 @@ class Progress:
             print(line, flush=True)
 
     def say(self, line):
-        print(("\r\033[K" if sys.stdout.isatty() else "") + line, flush=True)
+        print(("\r\033[K" if sys.stdout.isatty() else "") + one_line(line), flush=True)
 
 
 # ======================================================================================================================
@@ -524,7 +535,7 @@ def tune(name, networks, paths, labels, classes, folder, seed):
     optimizer = torch.optim.SGD(model.parameters(), **{k: TUNING[k] for k in ("lr", "momentum", "weight_decay")})
     done, ids = 0, list(paths)
     if path.exists():
-        saved = load_checkpoint(path, "delete it to tune again", ("model", "optimizer", "epoch"))
+        saved = load_checkpoint(path, "delete it to tune again", dict(model=dict, optimizer=dict, epoch=int))
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["epoch"]
@@ -590,7 +601,7 @@ def finetune(args, videos, feats, names, weights, files, device):
                 tuning=TUNING | dict(segments=SEGMENTS, kept=KEPT))
     path, folder = feats / "finetuned.pt", feats / ".finetuning"
     if path.exists():
-        saved = load_checkpoint(path, "delete it to tune again", ("states", "meta"))
+        saved = load_checkpoint(path, "delete it to tune again", dict(states=dict, meta=dict))
         if saved["meta"] != meta:
             raise InputError(f"{path}: tuned on another list or with other settings; choose another output folder")
         print(f"tuning   {path} is used again")
@@ -633,18 +644,40 @@ def remembered(settings, folders, device):
         if path is None:
             raise InputError(f"{' and '.join(map(str, places))}: not the tuned networks of the checkpoint's features; "
                              "name the folder of their finetuned.pt with --weights DIR")
-        tuned = load_checkpoint(path, "tune again", ("states", "meta"))["states"]
+        tuned = load_checkpoint(path, "tune again", dict(states=dict, meta=dict))["states"]
     if weights is None:
         weights = {name: path for name, (path, _) in find_all(set(names) - set(tuned), folders[0]).items()}
     return Networks(names, weights, device, tuned)
 
 
+def already_extracted(video, path, settings):
+    """The warning, or "", of an earlier extract_one with these arguments, None if there was none.
+
+    Raises InputError if the file is there but is not of this video.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            made, origin = json.loads(str(f["settings"])), json.loads(str(f["origin"]))
+        same = origin["video"] == os.path.abspath(video)
+    except FileNotFoundError:
+        return None
+    except (KeyError, *DAMAGED):
+        same = False
+    if not same:
+        raise InputError(f"{path}: there already, and not of {video}; choose another --out")
+    stat = os.stat(video)
+    return origin["warning"] if (made, origin["size"], origin["time"]) == (settings, stat.st_size, stat.st_mtime_ns) \
+        else None
+
+
 def extract_one(video, path, networks, settings):
-    """Writes the .npz of one video, returns a warning or "". Raises InputError, VideoError."""
+    """Writes the .npz of one video and where it came from, returns a warning or "". Raises InputError, VideoError."""
     (_, features, outcome), = extract({video: video}, networks, settings)
     if features is None:
         raise outcome
-    write_features(path, features)
+    stat = os.stat(video)
+    write_features(path, features | dict(origin=json.dumps(dict(
+        video=os.path.abspath(video), size=stat.st_size, time=stat.st_mtime_ns, warning=outcome))))
     return outcome
 
 
@@ -686,7 +719,9 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    usable(device)
     videos, feats = find_videos(args.videos), Path(args.feats)
+    check_writable(feats)
     if world > 1 and args.finetune and not (feats / "finetuned.pt").exists():
         raise InputError(f"{feats / 'finetuned.pt'}: not there yet, and torchrun's processes would tune one network "
                          "each; give the command once without torchrun, then with it")
@@ -699,7 +734,6 @@ def main(argv=None):
         found = find_all(names, args.weights)
         weights, files = {name: path for name, (path, _) in found.items()}, {
             name: f"{path.name} sha256 {sha256}" for name, (path, sha256) in found.items()}
-    usable(device)
     tuned, train = {}, None
     if args.finetune:
         tuned, described, train = finetune(args, videos, feats, names, weights, files, device)
@@ -710,9 +744,15 @@ def main(argv=None):
     out = {identity: feats / f"{identity}.npz" for identity in videos}
     finished = [] if args.overwrite else [i for i in videos if is_finished(out[i], settings)]
     todo = {identity: path for identity, path in videos.items() if identity not in set(finished)}
-    for path in sorted(Path(args.videos).iterdir()):
+    for path in sorted(Path(args.videos).iterdir() if rank == 0 else ()):
         if path.suffix in (".txt", ".list") and path.is_file():
-            write_whole(feats / path.name, path.read_bytes())
+            copy = feats / path.name
+            if not copy.exists():
+                write_whole(copy, path.read_bytes())
+            elif copy.read_bytes() != path.read_bytes():
+                print(f"kept     {copy}, which differs from {path}")
+    for identity in videos:                                    # dfan.py must see a class whose videos all fail
+        out[identity].parent.mkdir(parents=True, exist_ok=True)
     print(f"{len(videos)} videos, {len(finished)} finished before, {len(todo)} to do; device {device}", flush=True)
     if not todo:
         return 0
@@ -736,7 +776,7 @@ def main(argv=None):
     progress.say(f"{len(todo) - len(failures)} videos extracted, {len(failures)} failed, {progress.frames} frames "
                  f"sampled in {time.monotonic() - progress.start:.0f} s")
     for identity, failure in failures.items():
-        print(f"failed   {videos[identity]}: {failure}")
+        print(one_line(f"failed   {videos[identity]}: {failure}"))
     return 1 if failures else 0
 
 

@@ -451,6 +451,20 @@ def test_bad_features_name_the_file(tmp_path):
     assert "nowhere" in error_of("--data", tmp_path / "nowhere")
     few = write_feats(tmp_path / "few", n=2)
     assert "fewer than 3" in error_of("--data", few, "--dataset", "videoemotion")
+    (few / "fear").mkdir()
+    assert "fear: a class without an .npz" in error_of("--data", few)
+    assert "two or more classes" in error_of("--data", write_feats(tmp_path / "one", classes=("joy",)))
+
+
+def test_writing_at_once(tmp_path):
+    def write(n):
+        for i in range(100):
+            dfan.write_whole(tmp_path / f"{i % 3}", b"%d" % n * 1000)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert {p.name for p in tmp_path.iterdir()} == set("012")
+    assert all(len(set(p.read_bytes())) == 1 and p.stat().st_size == 1000 for p in tmp_path.iterdir())
 
 
 def test_nothing_in_an_npz_runs(tmp_path):
@@ -519,6 +533,11 @@ def test_resume_is_the_uninterrupted_run(tmp_path, capsys):
     assert a["classes"] == ["anger", "joy"] and a["settings"]["hidden"] == 4 and a["epoch"] == 5
     assert "--resume" in error_of("--data", feats, "--out", tmp_path / "a")
     assert "other" in error_of("--data", feats, "--out", tmp_path / "a", "--resume", "--lr", "0.5")
+    remade = write_feats(tmp_path / "g", n=8)
+    for path in remade.rglob("*.npz"):
+        np.savez(path, **dict(np.load(path)), settings=json.dumps(dict(every=4)))
+    assert "other extraction" in error_of("--data", remade, "--hidden", "4", "--batch", "4", "--epochs", "9", "--out",
+                                          tmp_path / "a", "--resume")
     (tmp_path / "a/run0.pt").write_bytes((tmp_path / "a/run0.pt").read_bytes()[:1000])
     assert "damaged" in error_of("--data", feats, "--out", tmp_path / "a", "--resume")
 
@@ -869,7 +888,7 @@ def test_published_layouts_load_strictly_and_features_are_theirs(tmp_path, publi
         assert hashlib.sha256((folder / extract.FILES[name][0]).read_bytes()).hexdigest() in settings["networks"][name]
     networks = extract.remembered(settings, (folder, None), "cpu")
     extract.extract_one(tmp_path / "v/joy/a.mp4", tmp_path / "again.npz", networks, settings)
-    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "f/joy/a.npz").read_bytes()
+    assert_same_arrays(tmp_path / "again.npz", tmp_path / "f/joy/a.npz")
 
 
 def test_weights_errors(tmp_path, published, monkeypatch):
@@ -1111,13 +1130,16 @@ def test_segments_file(tmp_path, capsys):
     for name, ranges in (("anger/anger_1", ((58, 59), (60, 61))), ("joy/joy_1", ((59, 60),))):
         seconds = np.load(feats / f"{name}.npz")["seconds"]
         assert ids[name].tolist() == [any(a <= s <= b for a, b in ranges) for s in seconds]
-    assert [line.split(": ")[0].split(", ")[1] for line in skipped] == ["line 3", "line 4", "line 5", "line 7"]
+    assert [line.split(": ")[0].split(", ")[1] for line in skipped[:-1]] == ["line 3", "line 4", "line 5", "line 7"]
+    assert "2 rows are of videos without features: fear/no, not here.mp4, short" in skipped[-1]
     assert "0'0-'029 of joy/joy_1.mp4" in skipped[0]
     run_main("--data", feats, "--segments", tmp_path / "s.csv", "--out", tmp_path / "o")
     printed = capsys.readouterr().out
-    assert printed.count("segments ") == 5 and printed.count("localisation") == 4
+    assert printed.count("segments ") == 6 and printed.count("localisation") == 4
     (tmp_path / "other.csv").write_text("video,key_segment_1\nanger/anger_0.mp4,0'0-0'9\n")
     (tmp_path / "none.csv").write_text("name,from,to\n")
+    (tmp_path / "nothing.csv").write_text("")
+    assert "no columns video" in error_of("--data", feats, "--segments", tmp_path / "nothing.csv")
     assert "no segment of any validation video" in error_of("--data", feats, "--segments", tmp_path / "other.csv")
     assert "no columns video" in error_of("--data", feats, "--segments", tmp_path / "none.csv")
     assert "nowhere.csv" in error_of("--data", feats, "--segments", tmp_path / "nowhere.csv")
@@ -1143,7 +1165,7 @@ def test_predict(extracted, trained, tmp_path, capsys):
         f"dfan.py: {tmp_path / 'broken.mp4'}: OpenCV cannot open it: empty, damaged, or not a video"]
     video, broken, features = map(json.loads, done.stdout.splitlines())
     assert "cannot open" in broken["error"] and "RANDOM" in video["warning"]
-    assert (tmp_path / "o/clip.npz").read_bytes() == (folder / "f/joy/clip[5].v1.npz").read_bytes(), "as remembered"
+    assert_same_arrays(tmp_path / "o/clip.npz", folder / "f/joy/clip[5].v1.npz")          # as remembered
     for key in ("emotion", "probabilities", "moments"):
         assert video[key] == features[key]
 
@@ -1173,7 +1195,15 @@ def test_predict(extracted, trained, tmp_path, capsys):
         assert dfan.main([str(a) for a in ("--predict", path, *common)]) == status
         return capsys.readouterr()
 
+    made = (tmp_path / "o/clip.npz").stat().st_mtime_ns
     told = predicted(clip, 0).out
+    assert (tmp_path / "o/clip.npz").stat().st_mtime_ns == made, "features that are there are not made again"
+    (tmp_path / "z").mkdir()
+    shutil.copy(clip, tmp_path / "z/clip.mp4")
+    assert "clip.npz: there already, and not of" in predicted(tmp_path / "z/clip.mp4", 2).err
+    os.utime(clip)
+    predicted(clip, 0)
+    assert (tmp_path / "o/clip.npz").stat().st_mtime_ns > made, "but those of a changed video are"
     assert f"{clip}: {video['emotion']}" in told and f"{first['seconds']:.1f} s" in told
     other = dict(F) | dict(settings=str(F["settings"]).replace('"every": 8', '"every": 4'))
     np.savez(tmp_path / "other.npz", **other)
@@ -1414,6 +1444,13 @@ def test_two_tunings_at_once_are_kept_apart(tmp_path):
         extract.lock_file(tmp_path / ".lock")
     held.close()
     extract.lock_file(tmp_path / ".lock").close()
+
+
+def assert_same_arrays(a, b):
+    """The same to the bit, but for "origin", which --predict adds."""
+    a, b = (dict(np.load(path)) for path in (a, b))
+    a.pop("origin", None)
+    assert a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in b)
 
 
 def assert_same_files(a, b):
