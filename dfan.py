@@ -35,6 +35,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import csv
+import datetime
 import hashlib
 import io
 import json
@@ -68,8 +69,9 @@ except ImportError as missing:
 BETA = 0.6                                # "we empirically set beta = 0.6" (3.2.2)
 FEATURES = ("action", "scene", "objects")  # F_A, F_S, F_O (3.1)
 LAST_FRAMES = 10                          # "we count the predictions of the last ten frames" (4.1)
+WEEK = datetime.timedelta(days=7)
 PAPER_COUNTS = {"ekman": (819, 818)}      # training and validation videos (4.1)
-NOT_IN_THE_PAPER = dict(hidden=256, lr=1e-3, batch=16, frames=16000, epochs=30, clip=1.0)      # chosen here, with Adam
+NOT_IN_THE_PAPER = dict(hidden=256, lr=1e-3, batch=16, frames=16000, memory=4.0, epochs=30, clip=1.0)  # with Adam; ours
 PLANTED = NOT_IN_THE_PAPER | dict(hidden=32, lr=5e-3, epochs=20)                               # for the planted set
 
 
@@ -433,7 +435,7 @@ DAMAGED = (OSError, ValueError, TypeError, EOFError, AttributeError, IndexError,
 
 
 def read_features(path, names):
-    """{name: array} in float32, objects (T,K,D), others (T,D), and the settings (JSON, "{}" if none) of one .npz file.
+    """{name: array}, objects (T,K,D), others (T,D), float16 or 32, and the settings (JSON or "{}") of one .npz file.
 
     Raises InputError, naming the file, if it is truncated, holds pickles, lacks an array, holds NaN or infinity, or if
     its arrays disagree in length.
@@ -445,7 +447,8 @@ def read_features(path, names):
             if missing:
                 raise InputError(f"{path}: no array {', '.join(missing)} in it, but {', '.join(f.files)}; name others "
                                  f"with --features, or {redo}")
-            F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
+            F = {name: f[name] for name in names}
+            F = {name: torch.from_numpy(v if v.dtype == np.float16 else v.astype(np.float32)) for name, v in F.items()}
             settings = str(f["settings"]) if "settings" in f.files else "{}"
             dict(json.loads(settings))
     except DAMAGED as error:
@@ -480,6 +483,7 @@ def as_inputs(F, K):
     objects are the only feature, FF := F_O_bar, in S_t too [R10]. Objects lie by falling probability: the first K are
     the top K.
     """
+    F = {name: v.float() for name, v in F.items()}
     series = [v for name, v in F.items() if name != "objects"]
     T = len(next(iter(F.values())))
     F_O = F["objects"][:, :K] if "objects" in F else torch.zeros(T, 0, 0)
@@ -510,13 +514,14 @@ class Videos:
 
 
 class Features(Videos):
-    """The .npz files below a folder, <class>/<stem>.npz. They are read when a batch needs them, not kept in memory.
+    """The .npz files below a folder, <class>/<stem>.npz.
 
-    Every file is read once here, so that a bad one is known before training starts. Raises InputError.
+    Every file is read once here, so that a bad one is known before training starts. The first `memory` GiB of them stay
+    in memory, for all runs; the others are read again when a batch needs them. Raises InputError.
     """
 
-    def __init__(self, folder, features=FEATURES, K=None):
-        self.folder = Path(folder)
+    def __init__(self, folder, features=FEATURES, K=None, memory=0.):
+        self.folder, self.kept, room = Path(folder), {}, memory * 2 ** 30
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder; --data takes the folder that extract_features.py wrote")
         paths = []
@@ -532,7 +537,7 @@ class Features(Videos):
         self.classes = sorted({p.parent.name for p in paths})
         self.labels = [self.classes.index(p.parent.name) for p in paths]
         self.paths, self.lengths, self.settings, self.widths, self.largest = paths, [], {}, None, 0.
-        for path in paths:
+        for i, path in enumerate(paths):
             F, settings = read_features(path, features)
             widths = {name: tuple(v.shape[1:]) for name, v in F.items()}
             self.widths = self.widths or widths
@@ -540,8 +545,11 @@ class Features(Videos):
                 raise InputError(f"{path}: widths {widths}, but {self.widths} in {paths[0]}; extract both with the "
                                  "same settings")
             self.lengths.append(len(next(iter(F.values()))))
-            self.largest = max(self.largest, *(v.abs().mean().item() for v in F.values()))
+            self.largest = max(self.largest, *(v.float().abs().mean().item() for v in F.values()))
             self.settings.setdefault(settings, path)
+            room -= sum(v.numel() * v.element_size() for v in F.values())
+            if room >= 0:
+                self.kept[i] = F
         if len(self.settings) == 1 and settings != "{}":
             self.extraction = dict(settings=settings, feats=str(folder))
         self.choose(features, K)
@@ -565,7 +573,7 @@ class Features(Videos):
         return {identity for s in self.settings for identity in json.loads(s).get("tuned_on") or ()}
 
     def arrays(self, i, epoch):
-        return read_features(self.paths[i], self.features)[0]
+        return self.kept[i] if i in self.kept else read_features(self.paths[i], self.features)[0]
 
 
 class Planted(Videos):
@@ -713,7 +721,7 @@ def make_splits(args, data):
             print("split    alternating: identities sorted as strings, odd positions train (not the data set's own "
                   "lists)")
             order = sorted(range(len(data.ids)), key=lambda i: data.ids[i])
-            return [(order[::2], order[1::2])]
+            return [check_classes(data, ["--alternate-split"] * 2, order[::2], order[1::2])]
         pairs = [(data.folder / "trainlist01.txt", data.folder / "testlist01.txt")]
         absent = [str(p) for p in pairs[0] if not p.is_file()]
         if absent:
@@ -743,14 +751,18 @@ def make_splits(args, data):
         if set(train) & set(test):
             raise InputError(f"{files[1]}: {data.ids[min(set(train) & set(test))]} is in {files[0]} too; "
                              "a video cannot be in both")
-        splits.append((train, test))
-    for (train, test), files in zip(splits, pairs):
-        for part, path in ((train, files[0]), (test, files[1])):
-            without = [c for i, c in enumerate(data.classes) if not (y[part] == i).any()]
-            if without:
-                raise InputError(f"{path}: no video of class {without[0]} with features; each class needs one in "
-                                 "either list")
+        splits.append(check_classes(data, files, train, test))
     return splits
+
+
+def check_classes(data, sources, train, test):
+    """(train, test), if each class has a video in either; sources: the names of both. Raises InputError."""
+    for part, source in zip((train, test), sources):
+        without = set(range(len(data.classes))) - {data.labels[i] for i in part}
+        if without:
+            raise InputError(f"{source}: no video of class {data.classes[min(without)]} with features; each class "
+                             "needs one for training and one for validation")
+    return train, test
 
 
 # ======================================================================================================================
@@ -833,7 +845,7 @@ def write_whole(path, content):
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in path.parent.glob(".*.part"):                   # of a process that was killed
             with contextlib.suppress(FileNotFoundError):            # or of one that has just finished it
-                if time.time() - other.stat().st_mtime > 600:
+                if time.time() - other.stat().st_mtime > 86400:
                     other.unlink()
         part.write_bytes(content)
         os.replace(part, path)
@@ -1022,8 +1034,14 @@ def reproduce(data, splits, args):
             read_times(data.paths[i], data.lengths[i])
             find_video(args.videos, data.classes[data.labels[i]], data.paths[i].name[:-4])
     column = 0 if args.dataset == "videoemotion" else 1
+    the_papers = args.data and [name.lower() for name in data.classes] == EMOTIONS[args.dataset].split()
     stored = data.widths["objects"][0]
     path, done = Path(args.out, "results.json"), {}
+    read_results(path)
+    if args.reproduce in ("figure2", "figure3", "figure4", "all"):
+        import_cv2()
+    if args.reproduce in ("figure2", "all") and stored < min(FIGURE2):
+        raise InputError(f"{data.folder}: figure2 cuts the objects to {FIGURE2}, and there is only {stored} a frame")
 
     def cell(features=FEATURES, fusion="dual", K=stored):
         name = cell_name(features, fusion, K)
@@ -1036,9 +1054,13 @@ def reproduce(data, splits, args):
             done[name] = protocol(data, splits, cell_args)
             if args.rank == 0:
                 kept = read_results(path)
+                printed = TABLE2[fusion] if features == FEATURES else TABLE1[features]
                 write_whole(path, json.dumps(kept | {name: dict(
-                    dataset=args.dataset if args.data else "planted", accuracy=mean_std(done[name], "accuracy"),
-                    macro=mean_std(done[name], "macro"), runs=done[name])}, indent=1).encode())
+                    dataset=args.dataset if args.data else "planted", marked=args.mark.strip(), features=features,
+                    fusion=fusion, objects=data.K, **{k: getattr(args, k) for k in ("beta", *NOT_IN_THE_PAPER)},
+                    **{k: dict(zip(("mean", "std"), mean_std(done[name], k))) for k in ("accuracy", "macro")},
+                    paper=printed[column] / 100 if the_papers and K == stored else None,
+                    runs=done[name])}, indent=1).encode())
         return done[name]
 
     def table(title, rows):
@@ -1046,22 +1068,23 @@ def reproduce(data, splits, args):
         lines.append(f"{title}, {args.dataset if args.data else 'the planted set (SYNTHETIC)'}: accuracy in %, "
                      f"n = {max(args.runs, len(splits))}, up to {stored} objects a frame{args.mark}")
         heads = [("VideoEmotion-8", "Ekman-6")[column] + "*", "ours", "difference", "ours, macro"]
-        heads += [] if args.data else ["time share", "object share"]
-        lines.append(f"  {'':<28}" + "".join(f"{head:>16}" for head in heads))
+        shares = [] if args.data else ["time share", "object share"]
+        lines.append(f"  {'':<28}" + "".join(f"{head:>16}" for head in heads) + "".join(
+            f"{head:>15} [uniform, limit]" for head in shares))
         for name, paper, results in rows:
             paper = paper and paper[column]
             entries = [f"{paper:.2f}" if paper else "-"]
             if results:
-                difference = 100 * mean_std(results, "accuracy")[0] - paper if args.data and paper else None
+                difference = 100 * mean_std(results, "accuracy")[0] - paper if the_papers and paper else None
                 entries += [in_percent(results, "accuracy"), "-" if difference is None else f"{difference:+.2f}",
                             in_percent(results, "macro")]
-                entries += [f"{np.mean([r['focus'][v][0] for r in results]):.3f}" for v in results[0].get("focus", {})]
+                entries += [f"{np.mean([r['focus'][v][0] for r in results]):15.3f} [{uniform:.3f}, {limit:.3f}]  "
+                            for v, (_, uniform, limit) in results[0].get("focus", {}).items()]
             lines.append(f"  {name:<28}" + "".join(f"{v:>16}" for v in entries) + (args.mark if results else ""))
-        lines.append("  * as the paper prints it")
-        for what, (_, uniform, limit) in (results or [{}])[0].get("focus", {}).items():
-            lines.append(f"  {what}: uniform {uniform:.3f}, limit {limit:.3f}")
+        lines.append("  * as the paper prints it" + ("" if the_papers else ", for its order alone: these are not its "
+                                                      "classes" if args.data else ", for its order alone"))
 
-    lines = []
+    lines, named = [], f"{args.dataset if args.data else 'planted set (SYNTHETIC)'}{args.mark}"
     for what in REPRODUCE if args.reproduce == "all" else (args.reproduce,):
         if what == "table1":
             table("Table 1", [(", ".join(features), paper, cell(features, "dual" if "objects" in features else "time"))
@@ -1074,17 +1097,18 @@ def reproduce(data, splits, args):
         elif what == "figure2":
             bars = {K: cell(K=K) for K in FIGURE2 if K <= stored}
             table("Figure 2", [(f"top {K} objects", None, r) for K, r in bars.items()])
-            image = draw_bars({f"{K}": mean_std(r, "accuracy") for K, r in bars.items()})
+            image = draw_bars(named, {f"{K}": mean_std(r, "accuracy") for K, r in bars.items()})
             lines.append("picture  " + picture(args, "figure2.png", image))
         elif what == "figure3":
             confusion = np.mean([r["confusion"] for r in cell()], 0)
             table("Figure 3", [(FUSIONS["dual"], TABLE2["dual"], cell())])
-            lines.extend(paper_confusion(data, splits, args))
-            lines.append("picture  " + picture(args, "figure3.png", draw_confusion(confusion, data.classes)))
+            lines.extend(paper_confusion(data, splits, args, the_papers))
+            lines.append("picture  " + picture(args, "figure3.png", draw_confusion(
+                named, confusion, data.classes)))
         elif what == "figure4":
             cell()
             checkpoint = Path(args.out, cell_name(FEATURES, "dual", stored), "run0.pt")
-            lines.extend([*figure4(data, splits[0][1], args, checkpoint), *localised(cell())])
+            lines.extend([*figure4(data, splits[0][1], args, checkpoint), *localised(cell(), args.mark)])
     if args.rank == 0:
         print("\n".join([*lines, f"written  {path}"]))
 
@@ -1111,38 +1135,49 @@ def in_percent(results, name):
     return f"{100 * mean:.2f}" + (f" +/- {100 * std:.2f}" if len(results) > 1 else "")
 
 
-def paper_confusion(data, splits, args):
+def paper_confusion(data, splits, args, the_papers):
     """What the paper's own figure 3 adds up to: its headline accuracy is neither mean of its diagonal."""
     rows = [[int(v) for v in row.split()] for row in FIGURE3[args.dataset].split(",")]
     diagonal = np.diag(rows).astype(float)
     yield (f"  the paper's figure 3: its diagonal averages {diagonal.mean():.1f} % over the classes, its headline is "
            f"{TABLE2['dual'][0 if args.dataset == 'videoemotion' else 1]}")
-    if [name.lower() for name in data.classes] == EMOTIONS[args.dataset].split() and args.data:
+    if the_papers:
         counts = np.bincount([data.labels[i] for i in splits[0][1]], minlength=len(rows))
         yield (f"  weighted by this validation set's class counts ({', '.join(map(str, counts))}) it is "
                f"{(diagonal * counts).sum() / counts.sum():.1f} %")
 
 
 def picture(args, name, image):
-    import cv2                                                         # for pictures alone: training needs no libGL
+    cv2 = import_cv2()
     path = Path(args.out, name)
     if args.rank == 0:
         write_whole(path, cv2.imencode(".png", image)[1].tobytes())
     return str(path)
 
 
+def import_cv2():
+    """OpenCV, for pictures alone: training needs no libGL. Raises InputError."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise InputError(f"pictures need cv2 ({error}); on a server `apt install libgl1`, or `pip uninstall "
+                         "opencv-python` and `pip install opencv-python-headless`") from error
+    return cv2
+
+
 def write(image, text, x, y, size=0.5, colour=BLACK, centre=False):
-    import cv2
+    cv2 = import_cv2()
     text = text.encode("ascii", "replace").decode()                    # its fonts have no other letters
     (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
     at = (int(x - width / 2), int(y + height / 2)) if centre else (int(x), int(y))
     cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
 
 
-def draw_bars(bars):
+def draw_bars(title, bars):
     """Figure 2: {label: (mean, standard deviation)}, accuracies from 0 to 1."""
-    import cv2
-    image = np.full((420, 140 + 120 * len(bars), 3), 255, np.uint8)
+    cv2 = import_cv2()
+    image = np.full((420, max(420, 140 + 120 * len(bars)), 3), 255, np.uint8)
+    write(image, title, 110, 28)
     bottom, height = 340, 280
     for tick in range(0, 101, 20):
         y = bottom - height * tick // 100
@@ -1161,12 +1196,12 @@ def draw_bars(bars):
     return image
 
 
-def draw_confusion(confusion, classes):
+def draw_confusion(title, confusion, classes):
     """Figure 3: rows are the true emotion, normalised; the darker, the more."""
-    import cv2
+    cv2 = import_cv2()
     left, top, side = 150, 90, 88
     image = np.full((top + side * len(classes) + 20, left + side * len(classes) + 20, 3), 255, np.uint8)
-    write(image, "true \\ predicted", 10, 30)
+    write(image, f"true \\ predicted{' ' * 6}{title}", 10, 30)
     for i, row in enumerate(confusion):
         write(image, classes[i][:14], 10, top + side * i + side / 2 + 5)
         write(image, classes[i][:12], left + side * i + side / 2, top - 20, 0.45, centre=True)
@@ -1186,20 +1221,22 @@ def figure4(data, test, args, checkpoint):
     emotions, attentions = evaluate(model, data, firsts, args)
     for i, emotion, (A_T, A_o) in zip(firsts, emotions, attentions):
         numbers, seconds = read_times(data.paths[i], len(A_T)) if args.data else [np.arange(len(A_T))] * 2
-        title = f"{data.ids[i]}: predicted {data.classes[emotion]}"
+        title, unit = f"{data.ids[i]}: predicted {data.classes[emotion]}{args.mark}", " s" if args.data else ""
         path = picture(args, "figure4-" + data.ids[i].replace("/", "-") + ".png", attention_picture(
-            title, A_T, A_o, data.load(i, 0)[2].numpy(), numbers, seconds,
+            title, A_T, A_o, data.load(i, 0)[2].numpy(), numbers, seconds, unit,
             find_video(args.videos, *data.ids[i].split("/", 1)) if args.data else None))
-        yield f"  {title}; most attended at {seconds[A_T.argmax()]:.1f} s, {A_T.max() * len(A_T):.2f} times uniform"
+        yield (f"  {title}; most attended at {seconds[A_T.argmax()]:.1f}{unit or ' (frame)'}, "
+               f"{A_T.max() * len(A_T):.2f} times uniform{args.mark}")
         yield f"picture  {path}"
 
 
-def attention_picture(title, A_T, A_o, F_O, numbers, seconds, video):
-    """Figure 4 of one video: the most attended frame of each sixth. video: its path, None for grey frames."""
+def attention_picture(title, A_T, A_o, F_O, numbers, seconds, unit, video):
+    """Figure 4 of one video: the most attended frame of each sixth. video: its path, None for grey frames; unit: of
+    `seconds`, " s" or "" for frames."""
     shown = [part[A_T[part].argmax()] for part in np.array_split(np.arange(len(A_T)), min(6, len(A_T)))]
     frames = video_frames(video, numbers[shown]) if video else [np.full((240, 320, 3), 90, np.uint8)] * len(shown)
     boxes = F_O[shown, :, -4:] if F_O.shape[-1] == 84 else F_O[shown, :0]               # another detector's are unknown
-    return draw_attention(title, A_T, seconds, shown, frames, boxes, A_o[shown])
+    return draw_attention(title, A_T, seconds, unit, shown, frames, boxes, A_o[shown])
 
 
 def first_of_each_class(data, test):
@@ -1219,7 +1256,7 @@ def find_video(folder, emotion, stem):
 
 def video_frames(path, numbers):
     """The decoded frames (H,W,3), BGR, of these numbers, rising. Raises InputError."""
-    import cv2
+    cv2 = import_cv2()
     video, frames, number = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG), [], 0
     while len(frames) < len(numbers) and video.grab():
         if number == numbers[len(frames)]:
@@ -1231,12 +1268,13 @@ def video_frames(path, numbers):
     return frames
 
 
-def draw_attention(title, A_T, seconds, shown, frames, boxes, A_o):
-    """Figure 4: frames with their boxes above the curve of A_T; full green is each frame's most attended box.
+def draw_attention(title, A_T, seconds, unit, shown, frames, boxes, A_o):
+    """Figure 4: frames with their boxes above the curve of A_T. A box is grey at uniform attention or below, and full
+    green at the most that the tanh of (3) allows one of K objects, e / (e + (K - 1) / e).
 
     A_T (T,), seconds (T,), shown: the frames' positions, frames (H,W,3) each, boxes (n,K,4) from 0 to 1, A_o (n,K).
     """
-    import cv2
+    cv2 = import_cv2()
     width, height, gap = 300, 200, 10
     full = gap + (width + gap) * len(shown)
     image = np.full((height + 290, max(full, 640), 3), 255, np.uint8)
@@ -1252,14 +1290,15 @@ def draw_attention(title, A_T, seconds, shown, frames, boxes, A_o):
         small = cv2.resize(frame, (max(1, int(w * scale)), max(1, int(h * scale))), interpolation=cv2.INTER_AREA)
         h, w = small.shape[:2]
         there = [k for k in weights.argsort() if weights[k] > 0]                      # the most attended on top
+        uniform, most = 1 / max(1, len(there)), np.e / (np.e + (len(there) - 1) / np.e)
         for k in there:
-            saturation = weights[k] / weights.max()
+            saturation = np.clip((weights[k] - uniform) / max(most - uniform, 1e-9), 0, 1) if len(there) > 1 else 1
             colour = tuple(int(200 + (c - 200) * saturation) for c in GREEN)
             corners = [int(v * s) for v, s in zip(F_o[k], (w - 1, h - 1, w - 1, h - 1))]
             cv2.rectangle(small, tuple(corners[:2]), tuple(corners[2:]), colour, 1 + int(saturation > 0.5))
         x = gap + (width + gap) * n
         image[40 + (height - h) // 2:40 + (height - h) // 2 + h, x + (width - w) // 2:x + (width - w) // 2 + w] = small
-        write(image, f"{seconds[t]:.1f} s", x + width / 2, height + 52, 0.45, centre=True)
+        write(image, f"{seconds[t]:.1f}{unit}", x + width / 2, height + 52, 0.45, centre=True)
         cv2.line(image, (x + width // 2, height + 62), (place(t, 0)[0], top), GREY, 1, cv2.LINE_AA)
         cv2.line(image, (place(t, 0)[0], top), place(t, 0), GREY, 1)
     cv2.rectangle(image, (left, top), (right, bottom), BLACK, 1)
@@ -1268,13 +1307,16 @@ def draw_attention(title, A_T, seconds, shown, frames, boxes, A_o):
     curve = np.array([place(t, v) for t, v in enumerate(A_T)], np.int32)
     cv2.polylines(image, [curve], False, BLUE, 2, cv2.LINE_AA)
     write(image, "A_T", 10, bottom + 22)
+    write(image, f"{highest:.4f}", 10, top + 8, 0.4)
     write(image, "uniform", 10, uniform + 4, 0.4)
     write(image, f"{1 / len(A_T):.4f}", 10, uniform + 18, 0.4)
-    for n in range(6):
-        x = left + (right - left) * n / 5
+    step = next(v for v in (m * 10. ** e for e in range(-3, 6) for m in (1, 2, 5)) if v >= (end - start) / 8)
+    for v in np.arange(np.ceil(start / step) * step, end + step / 1000, step):
+        x = left + (right - left) * (v - start) / (end - start)
         cv2.line(image, (int(x), bottom), (int(x), bottom + 5), BLACK, 1)
-        digits = 1 if end - start > 2 else 2
-        write(image, f"{start + (end - start) * n / 5:.{digits}f}{' s' * (n == 5)}", x, bottom + 20, 0.45, centre=True)
+        digits = max(0, -int(np.floor(np.log10(step))))
+        write(image, f"{v:.{digits}f}{unit}", x, bottom + 20, 0.45, centre=True)
+    write(image, "time" if unit else "frame", 10, bottom + 22 + 18, 0.4)
     return image
 
 
@@ -1339,7 +1381,7 @@ def predict(args):
                      times_uniform=float(A_T[t] * len(A_T)), objects=strongest(A_o[t], F_O[t], extract_features.NAMES))
                 for t in moments(A_T, seconds)], warning="; ".join(filter(None, warnings)), features=str(path))
             found["picture"] = picture(args, f"{name}.png", attention_picture(
-                f"{source}: {emotion}", A_T, A_o, F_O, numbers, seconds, video))
+                f"{source}: {emotion}", A_T, A_o, F_O, numbers, seconds, " s", video))
             print(json.dumps(found) if args.json else in_words(found, min(LAST_FRAMES, len(A_T))), flush=True)
         except (InputError, extract_features.VideoError) as failure:
             failed += 1
@@ -1384,17 +1426,17 @@ def in_words(found, voters):
 # Command line
 # ======================================================================================================================
 
-def localised(results):
+def localised(results, mark):
     """The lines of `localisation`, their mean over the runs and its standard deviation."""
     runs = [r["localisation"] for r in results if r.get("localisation", {}).get("videos")]
     if runs:
         yield (f"localisation  in {runs[0]['videos']} validation videos with emotional frames and others: A_T "
-               "(uniform attention, centre prior)")
+               f"(uniform attention, centre prior){mark}")
     for name in MEASURES if runs else ():
         ours, uniform, centre = zip(*(r[name] for r in runs))
         spread = f" +/- {np.std(ours, ddof=1):.3f}" if len(runs) > 1 else ""
         yield (f"localisation  {name}: {np.mean(ours):.3f}{spread}  (uniform {np.mean(uniform):.3f}, centre "
-               f"{np.mean(centre):.3f})")
+               f"{np.mean(centre):.3f}){mark}")
 
 
 def report(results, data, mark):
@@ -1411,10 +1453,10 @@ def report(results, data, mark):
     print(f"confusion matrix, rows: the true emotion, normalised (figure 3){mark}")
     width = max(map(len, data.classes))
     for name, row in zip(data.classes, np.mean([r["confusion"] for r in results], 0)):
-        print(f"  {name:<{width}}  " + "  ".join(f"{v:.2f}" for v in row))
+        print(f"  {name:<{width}}  " + "  ".join(f"{v:.2f}" for v in row) + mark)
     for name, (share, uniform, limit) in results[0].get("focus", {}).items():
         print(f"synthetic  {name}: {share:.3f}  (uniform {uniform:.3f}, limit {limit:.3f})")
-    for line in localised(results):
+    for line in localised(results, mark):
         print(line)
 
 
@@ -1449,6 +1491,7 @@ def parse_args(argv=None):
     for name in NOT_IN_THE_PAPER:
         what = dict(hidden="hidden units H of both LSTMs", lr="learning rate of Adam", batch="videos in a batch",
                     frames="padded frames in a batch: bounds the memory",
+                    memory="GiB of features to keep there, the rest is read in every epoch",
                     epochs="passes over the training videos", clip="largest norm of the gradient")[name]
         group.add_argument(f"--{name}", type=type(NOT_IN_THE_PAPER[name]), metavar="N",
                            help=f"{what} (default: {NOT_IN_THE_PAPER[name]} [{PLANTED[name]}])")
@@ -1547,7 +1590,7 @@ def main(argv=None):
     if not args.data:
         torch.set_num_threads(1)                              # products this small lose by sharing
     chosen = args.features, args.objects
-    data = Features(args.data, *chosen) if args.data else Planted(args.seed, *chosen)
+    data = Features(args.data, *chosen, args.memory / args.world) if args.data else Planted(args.seed, *chosen)
     splits = make_splits(args, data) if args.data else data.splits
     longest = max(range(len(data.ids)), key=lambda i: data.lengths[i])
     if data.lengths[longest] > args.frames:
@@ -1582,7 +1625,7 @@ def main(argv=None):
         if args.segments:
             print(f"segments {len(data.emotional)} of the videos have annotated segments", flush=True)
     if args.world > 1:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=WEEK)              # a run may take long
     if args.reproduce:
         reproduce(data, splits, args)
     else:
@@ -1590,6 +1633,7 @@ def main(argv=None):
         if args.rank == 0:
             report(results, data, args.mark)
     if args.world > 1:
+        torch.distributed.barrier()                                             # or its threads may abort the exit
         torch.distributed.destroy_process_group()
     return 0
 

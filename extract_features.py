@@ -51,8 +51,8 @@ except ImportError as missing:
           "install libgl1`, or `pip uninstall opencv-python` and `pip install opencv-python-headless`", file=sys.stderr)
     sys.exit(2)
 
-from dfan import (DAMAGED, SUFFIXES, InputError, check_writable, command, load_checkpoint, one_line, read_list, save,
-                  usable, write_whole)
+from dfan import (DAMAGED, SUFFIXES, WEEK, InputError, check_writable, command, load_checkpoint, one_line, read_list,
+                  save, usable, write_whole)
 
 try:
     import fcntl
@@ -214,7 +214,8 @@ class Networks:
                 model.fc = nn.Identity()                                          # pooled features (N,2048)
             if name in tuned:
                 model.load_state_dict(tuned[name], strict=True)
-            self.models["objects" if name in DETECTORS else name] = model.eval().to(device)
+            self.models["objects" if name in DETECTORS else name] = model.eval().to(
+                device, memory_format=torch.channels_last)                        # as the images are
 
     def input(self, name, images):
         """What a network takes from its images (N,224,224,.) uint8: (N,.,224,224) float32, normalised."""
@@ -460,7 +461,9 @@ def is_finished(path, settings):
             old = dict(json.loads(str(f["settings"])))
     except (KeyError, *DAMAGED):
         return False                                               # not there, or damaged: made again
-    differs = [f"{k} {old.get(k)} (now {settings.get(k)})" for k in settings | old if old.get(k) != settings.get(k)]
+    short = lambda v: f"a list of {len(v)}" if isinstance(v, list) else v
+    differs = [f"{k} {short(old.get(k))} (now {short(settings.get(k))})" for k in settings | old
+               if old.get(k) != settings.get(k)]
     if differs:
         raise InputError(f"{path}: made with other settings: {'; '.join(differs)}; --overwrite makes it again, another "
                          "output folder keeps both")
@@ -547,8 +550,11 @@ def tune(name, networks, paths, labels, classes, folder, seed):
         for start in range(0, len(ids), TUNING["batch"]):
             batch, images = order[start:start + TUNING["batch"]], []
             for i in batch:
-                with np.load(paths[ids[i]], allow_pickle=False) as f:
-                    kept = f[IMAGES[name]]
+                try:
+                    with np.load(paths[ids[i]], allow_pickle=False) as f:
+                        kept = f[IMAGES[name]]
+                except (KeyError, *DAMAGED) as error:
+                    raise InputError(f"{paths[ids[i]]}: damaged; delete it and give the command again") from error
                 for part in np.array_split(np.arange(len(kept)), SEGMENTS):
                     image = kept[rng.choice(part) if len(part) else rng.integers(len(kept))]
                     if rng.random() < 0.5:                                         # mirrored: x flows the other way
@@ -605,11 +611,16 @@ def finetune(args, videos, feats, names, weights, files, device):
         if saved["meta"] != meta:
             raise InputError(f"{path}: tuned on another list or with other settings; choose another output folder")
         print(f"tuning   {path} is used again")
+        shutil.rmtree(folder, ignore_errors=True)                      # if it was killed before this
         states = saved["states"]
     else:
         lock = lock_file(feats / ".finetuning.lock")
         started = folder / "meta.json"
-        if started.exists() and json.loads(started.read_text()) != meta:
+        try:
+            other = started.exists() and json.loads(started.read_text()) != meta
+        except ValueError:
+            other = True
+        if other:
             raise InputError(f"{folder}: an interrupted tuning on another list or with other settings; delete it")
         write_whole(started, json.dumps(meta).encode())
         print(f"tuning   {', '.join(tuned_names)} on {len(train)} videos of {len(classes)} classes", flush=True)
@@ -754,16 +765,16 @@ def main(argv=None):
     for identity in videos:                                    # dfan.py must see a class whose videos all fail
         out[identity].parent.mkdir(parents=True, exist_ok=True)
     print(f"{len(videos)} videos, {len(finished)} finished before, {len(todo)} to do; device {device}", flush=True)
-    if not todo:
-        return 0
-    networks = Networks(names, weights, device, tuned)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=WEEK)
+    networks = Networks(names, weights, device, tuned) if todo else None
     progress, failures = Progress(len(todo)), {}
 
     def seen(identity, n):
         progress.frames += n
         progress.show(identity, end=False)
 
-    for identity, features, outcome in extract(todo, networks, settings, args.batch, seen):
+    for identity, features, outcome in extract(todo, networks, settings, args.batch, seen) if todo else ():
         progress.done += 1
         if features is None:
             failures[identity] = outcome
@@ -773,11 +784,19 @@ def main(argv=None):
             if outcome:
                 progress.say(f"WARNING  {videos[identity]}: {outcome}; they are kept")
             progress.show(identity)
-    progress.say(f"{len(todo) - len(failures)} videos extracted, {len(failures)} failed, {progress.frames} frames "
-                 f"sampled in {time.monotonic() - progress.start:.0f} s")
+    if todo:
+        progress.say(f"{len(todo) - len(failures)} videos extracted, {len(failures)} failed, {progress.frames} frames "
+                     f"sampled in {time.monotonic() - progress.start:.0f} s")
     for identity, failure in failures.items():
         print(one_line(f"failed   {videos[identity]}: {failure}"))
-    return 1 if failures else 0
+    status = 1 if failures else 0
+    if world > 1:                                              # torchrun ends all when one ends with a status
+        statuses = [None] * world
+        torch.distributed.all_gather_object(statuses, status)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        status = max(statuses)
+    return status
 
 
 if __name__ == "__main__":

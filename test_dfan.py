@@ -328,7 +328,8 @@ def write_feats(folder, classes=("anger", "joy"), n=4, K=3, seed=0, stems=None):
 
 
 def run_main(*argv):
-    dfan.main(["--hidden", "4", "--epochs", "2", "--batch", "4", *map(str, argv)])
+    small = [] if "--predict" in argv else ["--hidden", "4", "--epochs", "2", "--batch", "4"]
+    dfan.main([*small, *map(str, argv)])
 
 
 def error_of(*argv):
@@ -590,7 +591,7 @@ def test_subsets_run_and_what_cannot_is_refused(tmp_path, capsys):
 
 
 def test_reproduce_runs_each_cell_once_and_keeps_it(tmp_path, capsys, monkeypatch):
-    feats, out = write_feats(tmp_path / "f", ("anger", "joy", "sadness"), n=6), tmp_path / "o"
+    feats, out = write_feats(tmp_path / "f", dfan.EMOTIONS["ekman"].split(), n=2), tmp_path / "o"
     argv = ["--data", feats, "--out", out, "--runs", "2", "--reproduce"]
     run_main(*argv, "table1")
     first = capsys.readouterr().out
@@ -606,9 +607,11 @@ def test_reproduce_runs_each_cell_once_and_keeps_it(tmp_path, capsys, monkeypatc
     assert len(kept) == 5 + 3
     for name, cell in kept.items():
         runs = [torch.load(out / name / f"run{i}.pt", weights_only=True)["history"][-1]["accuracy"] for i in range(2)]
-        assert np.allclose(cell["accuracy"], [np.mean(runs), np.std(runs, ddof=1)])
+        assert np.allclose([cell["accuracy"]["mean"], cell["accuracy"]["std"]], [np.mean(runs), np.std(runs, ddof=1)])
+        assert cell["marked"] == "" and cell["hidden"] == 4
+    assert kept["action+scene-time"]["paper"] == 0.5688 and kept["action+scene+objects-max-3"]["paper"] == 0.5312
     line = [v for v in printed.splitlines() if v.startswith("  Avg. Pool")][0].split()
-    ours = 100 * kept["action+scene+objects-avg-3"]["accuracy"][0]
+    ours = 100 * kept["action+scene+objects-avg-3"]["accuracy"]["mean"]
     assert line[2] == "54.28" and line[3] == f"{ours:.2f}" and line[6] == f"{ours - 54.28:+.2f}"
     capsys.readouterr()
     assert "--videos" in error_of(*argv, "figure4")
@@ -1014,8 +1017,9 @@ def test_finetuning_and_the_leak_guard(tmp_path, capsys, monkeypatch):
     assert "LEAKED" not in capsys.readouterr().out
     predict = ["--predict", str(path), "--checkpoint", str(tmp_path / "o1/run0.pt"), "--out", str(tmp_path / "p")]
     assert dfan.main(predict) == 0, "extracted with the tuned networks"
-    assert (tmp_path / "p/3.npz").read_bytes() == (tmp_path / "f/joy/3.npz").read_bytes()
+    assert_same_arrays(tmp_path / "p/3.npz", tmp_path / "f/joy/3.npz")
     (tmp_path / "f/finetuned.pt").rename(tmp_path / "finetuned.pt")
+    (tmp_path / "p/3.npz").unlink()
     capsys.readouterr()
     assert dfan.main(predict) == 2 and "finetuned.pt with --weights DIR" in capsys.readouterr().err
     assert dfan.main([*predict, "--weights", str(tmp_path)]) == 0
@@ -1024,8 +1028,9 @@ def test_finetuning_and_the_leak_guard(tmp_path, capsys, monkeypatch):
     leak = "--data", tmp_path / "f", "--split", tmp_path / "v/testlist01.txt", tmp_path / "v/trainlist01.txt"
     assert "2 of the validation videos: anger/0" in error_of(*leak)
     run_main(*leak, "--allow-leak", "--out", tmp_path / "o2")
-    numbers = [line for line in capsys.readouterr().out.splitlines() if "  accuracy" in line]
-    assert len(numbers) == 3 and all(line.endswith("LEAKED") for line in numbers)
+    printed = capsys.readouterr().out
+    numbers = printed[printed.index("run 0  epoch"):].splitlines()
+    assert len(numbers) == 2 + 1 + 1 + 2 and all(line.endswith("LEAKED") for line in numbers)
 
 
 def test_broken_videos_are_listed_and_the_rest_goes_on(tmp_path):
@@ -1438,6 +1443,16 @@ def test_two_extractions_at_once(extracted, tmp_path):
     assert_same_files(tmp_path / "whole", tmp_path / "f")
 
 
+def test_torchrun_shares_the_videos_out(extracted, tmp_path):
+    folder, _ = extracted
+    shutil.copytree(folder / "v", tmp_path / "v")
+    (tmp_path / "v/anger/a-broken.mp4").write_bytes(b"no video")
+    done = shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "extract_features.py",
+                 tmp_path / "v", tmp_path / "f", *TRY)
+    assert done.returncode == 1 and done.stdout.count("FAILED") == 1, done.stdout + done.stderr
+    assert_same_files(folder / "f", tmp_path / "f")
+
+
 def test_two_tunings_at_once_are_kept_apart(tmp_path):
     held = extract.lock_file(tmp_path / ".lock")
     with pytest.raises(extract.InputError, match="another process is tuning"):
@@ -1559,9 +1574,10 @@ def row(ratio, what, *seconds):
     print(f"{ratio:6.2f}  {what:<76}" + " / ".join(f"{s:.3g}" for s in seconds), flush=True)
 
 
-def recurrence(B, T, rounds, with_literal, H=256):
-    """Forward and backward of DFAN, of a two-layer nn.LSTM and of the literal equations, alternating: medians, and
-    the fastest rounds, since memory that goes back to the system and is asked for anew makes single rounds slow."""
+def recurrence(B, T, rounds, literally=0, H=256):
+    """Forward and backward of DFAN, of a two-layer nn.LSTM and, in as many rounds as said, of the literal equations,
+    alternating: medians, and the fastest rounds, since memory that goes back to the system and is asked for anew makes
+    single rounds slow."""
     torch.manual_seed(0)
     F_A, F_S, F_O = torch.randn(B, T, 2048), torch.randn(B, T, 365), torch.rand(B, T, 16, 84)
     labels = torch.randint(0, 6, (B,))
@@ -1569,12 +1585,14 @@ def recurrence(B, T, rounds, with_literal, H=256):
     FF, lengths = torch.cat([F_A, F_S], -1), torch.full((B,), T)
     forms = dict(dfan=lambda: dfan.loss_fn(net(F_A, F_S, F_O, lengths)["logits"], labels, lengths),
                  lstm=lambda: lstm(FF)[0].sum())
-    if with_literal:
+    if literally:
         forms["literal"] = lambda: literal(net, F_A, F_S, F_O, labels)
         assert abs(forms["literal"]().item() - forms["dfan"]().item()) < 1e-5
     seconds = {name: [] for name in forms}
     for n in range(rounds + 1):                                     # the first warms up
         for name, form in forms.items():
+            if name == "literal" and n > literally:
+                continue
             start = time.perf_counter()
             form().backward()
             if n:
@@ -1600,22 +1618,17 @@ print((peak() - before) / 1024)"""
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-class InMemory(dfan.Features):
-    """Every array in float32, read once."""
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.kept = [super(InMemory, self).arrays(i, 0) for i in range(len(self.ids))]
-
-    def arrays(self, i, epoch):
-        return self.kept[i]
+def lengths_of(n):
+    """Ekman-6's lengths: mean 403 sampled frames, 95 % below 1,050, the longest 4,260."""
+    lengths = (np.random.default_rng(3).lognormal(5.65, 0.8, 819).astype(int) + 1).clip(2, 4260)
+    lengths[0] = 4260
+    return lengths[-n:]
 
 
 def epoch(n):
-    """A training epoch over n videos of Ekman-6's lengths (mean 400, 95 % below 1,090, longest 4,260)."""
+    """A training epoch over n such videos, from disk and from memory; in a process of its own for its peak memory."""
     import resource                                                 # not on Windows
-    rng = np.random.default_rng(0)
-    lengths = (rng.lognormal(5.65, 0.8, n).astype(int) + 1).clip(2, 4260)
-    lengths[0] = 4260 if n > 800 else lengths[0]
+    rng, lengths = np.random.default_rng(0), lengths_of(n)
     with tempfile.TemporaryDirectory() as work:
         for i, T in enumerate(lengths):
             F = dict(action=rng.standard_normal((T, 2048), np.float32), scene=rng.standard_normal((T, 365), np.float32),
@@ -1623,30 +1636,35 @@ def epoch(n):
             path = Path(work, str(i % 6), f"{i}.npz")
             path.parent.mkdir(exist_ok=True)
             np.savez(path, **{k: v.astype(np.float16) for k, v in F.items()})
-        args, seconds = dfan.parse_args(["--data", work]), {}
+        os.sync()
+        args, seconds, peak = dfan.parse_args(["--data", work]), {}, {}
         args.device = "cpu"
-        batches = dfan.make_batches(range(n), lengths, args, np.random.default_rng(0))
-        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-        for kind in (dfan.Features, InMemory):
-            data = kind(work)
+        for memory in (0., 1e3):
+            data = dfan.Features(work, memory=memory)
             torch.manual_seed(0)
             model = dfan.make_network(data.shape, 6, args)
-            for path in data.paths if hasattr(os, "posix_fadvise") and kind is dfan.Features else ():
+            for path in data.paths if hasattr(os, "posix_fadvise") else ():
                 with open(path, "rb") as f:                         # not from the system's cache
                     os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             start = time.perf_counter()
             dfan.train_epoch(model, torch.optim.Adam(model.parameters()), data, range(n), 1, 0, args)
-            seconds[kind] = time.perf_counter() - start
-            if kind is dfan.Features:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    row(seconds[dfan.Features] / seconds[InMemory], f"an epoch, {n} videos, {lengths.sum()} frames: from disk / in "
-        "memory", *(seconds[k] for k in (dfan.Features, InMemory)))
-    row(padded / lengths.sum(), "its padded frames / frames", padded, lengths.sum())
-    row(peak, "GiB, peak memory of the process until then (--frames 16000)")
+            seconds[memory] = time.perf_counter() - start
+            peak[memory] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    row(seconds[0.] / seconds[1e3], f"an epoch, {n} videos, {lengths.sum()} frames: from disk / in memory",
+        *seconds.values())
+    row(peak[0.], f"GiB, peak memory of the process from disk (--frames {args.frames}; in memory: {peak[1e3]:.2f})")
+
+
+def padding():
+    args, lengths = dfan.parse_args(["--data", "."]), lengths_of(819)
+    batches = dfan.make_batches(range(819), lengths, args, np.random.default_rng(0))
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    row(padded / lengths.sum(), f"frames with padding / frames, 819 videos in {len(batches)} batches", padded,
+        lengths.sum())
 
 
 def extraction(detector, seconds):
-    """One video of 640 x 360 with networks of random weights: everything / the networks alone; then each part."""
+    """One video of 640 x 360 with networks of random weights: everything to the .npz / the networks' forwards alone."""
     with tempfile.TemporaryDirectory() as work:
         path = write_video(Path(work, "a.mp4"), int(30 * seconds), 360, 640, fps=30.)
         names = ["action_rgb", "action_flow", "scene", detector]
@@ -1654,43 +1672,61 @@ def extraction(detector, seconds):
         networks.models["objects"].roi_heads.score_thresh = 0.05    # as with trained weights: few boxes pass
         settings = dict(every=8, networks=dict.fromkeys(names, ""))
         samples, _ = samples_of(path)
-        timed = lambda work: (time.perf_counter(), work(), time.perf_counter())
-        networks(samples[:4])                                       # the first warms up
-        start, (_,), end = timed(lambda: list(extract.extract({"a": path}, networks, settings)))
-        with extract.side_by_side(networks) as forward:
-            a, _, b = timed(lambda: [forward(samples[n:n + 16]) for n in range(0, len(samples), 16)])
-        row((end - start) / (b - a), f"extraction / its networks alone, {detector}", end - start, b - a)
-        row((end - start) / seconds * 60, "seconds a minute of video at 30 frames a second")
-        c, _, d = timed(lambda: samples_of(path, flow=False))
-        e, _, f = timed(lambda: samples_of(path))
-        row((d - c) / (b - a), "  decoding and scaling / the networks alone", d - c)
-        row((f - e - d + c) / (b - a), "  flow / the networks alone", f - e - d + c)
-        for name, model in networks.models.items():
-            with torch.inference_mode(), extract.side_by_side(networks) as forward:
-                def one(part, name=name, model=model):
-                    if name == "objects":
-                        frames = [torch.from_numpy(s["frame"]).permute(2, 0, 1) / 255 for s in part]
-                        return extract.detect(model, frames)
-                    return model(networks.input(name, np.stack([s[extract.IMAGES[name]] for s in part])))
-                g, _, h = timed(lambda: [one(samples[n:n + 4]) for n in range(0, len(samples), 4)])
-            row((h - g) / (b - a), f"  {name}, on one core / the networks alone", h - g)
+        parts = [samples[n:n + 4] for n in range(0, len(samples), 4)]
+
+        def timed(work):
+            start = time.perf_counter()
+            result = work()
+            return time.perf_counter() - start, result
+
+        with extract.side_by_side(networks):                        # one core a part, as the extraction does it
+            pool = concurrent.futures.ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+            alone, prepared = {}, {}
+            for name, model in networks.models.items():
+                if name == "objects":
+                    prepare = lambda part: [torch.from_numpy(s["frame"]).permute(2, 0, 1).float() / 255 for s in part]
+                    forward = torch.inference_mode()(lambda x: extract.detect(networks.models["objects"], x))
+                else:
+                    prepare = lambda part: networks.input(name, np.stack([s[extract.IMAGES[name]] for s in part]))
+                    forward = torch.inference_mode()(model)
+                prepared[name], inputs = timed(lambda: list(pool.map(prepare, parts)))
+                list(pool.map(forward, inputs[:2]))                 # warms up
+                alone[name], _ = timed(lambda: list(pool.map(forward, inputs)))
+            pool.shutdown()
+        whole, (_, features, _) = timed(lambda: next(extract.extract({"a": path}, networks, settings)))
+        saving, _ = timed(lambda: extract.write_features(Path(work, "a.npz"), features))
+        decoding, _ = timed(lambda: samples_of(path, flow=False))
+        flow = timed(lambda: samples_of(path))[0] - decoding
+        total = sum(alone.values())
+    row((whole + saving) / total, f"extraction / its networks' forwards alone, {detector}", whole + saving, total)
+    row((whole + saving) / seconds * 60, "  seconds a minute of video at 30 frames a second")
+    for what, spent in (*alone.items(), ("normalising", sum(prepared.values())), ("decoding and scaling", decoding),
+                        ("flow", flow), ("saving", saving)):
+        row(spent / total, f"  {what} / the forwards alone", spent)
+
+
+def in_a_process(function, *args):
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(function, *args).result()
 
 
 def benchmark(quick=False):
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratios first, then their seconds")
+    padding()
     if quick:
-        recurrence(16, 100, 3, True)
-        recurrence(16, 400, 3, False)
-        epoch(48)
+        recurrence(16, 100, 3, 3)
+        recurrence(16, 400, 3)
+        in_a_process(epoch, 48)
         extraction(SMALL, 4)
         return
-    for B, T, rounds in ((16, 400, 5), (16, 100, 5), (16, 1600, 3), (16, 4260, 3), (1, 400, 5), (32, 400, 5)):
-        recurrence(B, T, rounds, with_literal=T < 4000)
-    memory = {T: peak_memory(T) for T in (100, 200, 400, 800)}
-    row(memory[800] / memory[400], "memory at T=800 / at T=400; MiB above the features at T = 100, 200, 400, 800",
+    for B in (16, 1, 32):
+        for T in (400, 100, 1600, 4260):
+            recurrence(B, T, 5, {400: 5, 100: 5, 1600: 2}.get(T, 0) if B == 16 else 0)
+    memory = {T: peak_memory(T) for T in (100, 400, 1600, 4260)}
+    row(memory[1600] / memory[400], "memory at T=1600 / at T=400; MiB above the features at T = 100, 400, 1600, 4260",
         *memory.values())
-    epoch(819)
-    for detector in (SMALL, "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_resnet50_fpn_v2"):
+    in_a_process(epoch, 819)
+    for detector in reversed(extract.DETECTORS):
         extraction(detector, 10)
 
 
