@@ -371,41 +371,51 @@ def extract(videos, networks, settings, batch=16, seen=lambda identity, n: None)
     videos: {identity: path}; settings: what the files will say; seen(identity, frames) is told of each batch.
     """
     batches, flow = [], "action_flow" in settings["networks"]
-    with side_by_side(networks) as forward:
-        for identity, samples, outcome in ahead(read_videos(videos, settings["every"], flow, batch)):
-            if samples:
-                batches += [F | {k: np.array([s[k] for s in part]) for k in ("number", "seconds", "fps")}
-                            for part, F in forward(samples)]
-                seen(identity, len(samples))
-                continue
-            if isinstance(outcome, VideoError):
-                yield identity, None, outcome
-            else:
-                F = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-                yield identity, dict(
-                    **{k: F[k].astype(np.float16) for k in ("action", "scene", "objects")}, frames=F["number"],
-                    seconds=F["seconds"], fps=F["fps"][0], settings=json.dumps(settings)), outcome
-            batches = []
+    items = ahead(read_videos(videos, settings["every"], flow, batch))
+    for identity, parts, outcome in side_by_side(items, networks):
+        if outcome is None:
+            batches += [F | {k: np.array([s[k] for s in part]) for k in ("number", "seconds", "fps")}
+                        for part, F in parts]
+            seen(identity, sum(len(part) for part, _ in parts))
+            continue
+        if isinstance(outcome, VideoError):
+            yield identity, None, outcome
+        else:
+            F = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+            yield identity, dict(
+                **{k: F[k].astype(np.float16) for k in ("action", "scene", "objects")}, frames=F["number"],
+                seconds=F["seconds"], fps=F["fps"][0], settings=json.dumps(settings)), outcome
+        batches = []
 
 
-@contextlib.contextmanager
-def side_by_side(networks):
-    """A function from samples to [(part of the samples, their features)].
+def side_by_side(items, networks):
+    """The items of read_videos, in place of the samples of each [(part of them, their features)].
 
     On a CPU the parts are four frames each and run side by side, each on one core: faster than one batch on all cores,
-    and the same numbers for any number of cores.
+    and the same numbers for any number of cores. The parts of the next item wait, so that no core does.
     """
     if torch.device(networks.device).type != "cpu":
-        yield lambda samples: [(samples, networks(samples))]
+        for identity, samples, outcome in items:
+            yield identity, [(samples, networks(samples))] if samples else [], outcome
         return
-    cores = torch.get_num_threads()
+    cores, waiting = torch.get_num_threads(), deque()
     torch.set_num_threads(1)
+    pool = concurrent.futures.ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with concurrent.futures.ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = lambda samples: [samples[n:n + 4] for n in range(0, len(samples), 4)]
-            yield lambda samples: list(zip(parts(samples), pool.map(networks, parts(samples))))
+        for identity, samples, outcome in items:
+            parts = [samples[n:n + 4] for n in range(0, len(samples or ()), 4)]
+            waiting.append((identity, parts, [pool.submit(networks, part) for part in parts], outcome))
+            if len(waiting) > 1:
+                yield with_results(*waiting.popleft())
+        while waiting:
+            yield with_results(*waiting.popleft())
     finally:
+        pool.shutdown(cancel_futures=True)                            # as after Ctrl-C
         torch.set_num_threads(cores)
+
+
+def with_results(identity, parts, futures, outcome):
+    return identity, [(part, future.result()) for part, future in zip(parts, futures)], outcome
 
 
 def ahead(iterator):

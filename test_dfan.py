@@ -1679,9 +1679,8 @@ def extraction(detector, seconds):
             result = work()
             return time.perf_counter() - start, result
 
-        with extract.side_by_side(networks):                        # one core a part, as the extraction does it
-            pool = concurrent.futures.ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
-            alone, prepared = {}, {}
+        alone, prepared = {}, {}                                    # one core a part, as the extraction does it
+        with concurrent.futures.ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for name, model in networks.models.items():
                 if name == "objects":
                     prepare = lambda part: [torch.from_numpy(s["frame"]).permute(2, 0, 1).float() / 255 for s in part]
@@ -1692,7 +1691,6 @@ def extraction(detector, seconds):
                 prepared[name], inputs = timed(lambda: list(pool.map(prepare, parts)))
                 list(pool.map(forward, inputs[:2]))                 # warms up
                 alone[name], _ = timed(lambda: list(pool.map(forward, inputs)))
-            pool.shutdown()
         whole, (_, features, _) = timed(lambda: next(extract.extract({"a": path}, networks, settings)))
         saving, _ = timed(lambda: extract.write_features(Path(work, "a.npz"), features))
         decoding, _ = timed(lambda: samples_of(path, flow=False))
