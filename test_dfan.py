@@ -11,6 +11,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -1606,16 +1607,18 @@ def recurrence(B, T, rounds, literally=0, H=256):
                 median[a], median[b])
 
 
+def peak():
+    """MiB at most in use so far, on Linux; resource's ru_maxrss would start at the parent's."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
 def peak_memory(T, B=16):
-    """MiB that one forward and backward needs above its features; in a process of its own, on Linux."""
-    code = f"""import re, sys, torch; sys.path.insert(0, {str(HERE)!r}); import dfan
-F = torch.randn({B}, {T}, 2048), torch.randn({B}, {T}, 365), torch.rand({B}, {T}, 16, 84)
-net = dfan.DFAN(2048, 365, 84, 256, 6).train()
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # not a parent's, as ru_maxrss
-before = peak()
-dfan.loss_fn(net(*F)["logits"], torch.zeros({B}, dtype=torch.long), torch.full(({B},), {T})).backward()
-print((peak() - before) / 1024)"""
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    """MiB that one forward and backward needs above its features; in a process of its own."""
+    F = torch.randn(B, T, 2048), torch.randn(B, T, 365), torch.rand(B, T, 16, 84)
+    net, before = dfan.DFAN(2048, 365, 84, 256, 6).train(), peak()
+    labels, lengths = torch.zeros(B, dtype=torch.long), torch.full((B,), T)
+    dfan.loss_fn(net(*F, lengths)["logits"], labels, lengths).backward()
+    return peak() - before
 
 
 def lengths_of(n):
@@ -1627,7 +1630,6 @@ def lengths_of(n):
 
 def epoch(n):
     """A training epoch over n such videos, from disk and from memory; in a process of its own for its peak memory."""
-    import resource                                                 # not on Windows
     rng, lengths = np.random.default_rng(0), lengths_of(n)
     with tempfile.TemporaryDirectory() as work:
         for i, T in enumerate(lengths):
@@ -1637,7 +1639,7 @@ def epoch(n):
             path.parent.mkdir(exist_ok=True)
             np.savez(path, **{k: v.astype(np.float16) for k, v in F.items()})
         os.sync()
-        args, seconds, peak = dfan.parse_args(["--data", work]), {}, {}
+        args, seconds, highest = dfan.parse_args(["--data", work]), {}, {}
         args.device = "cpu"
         for memory in (0., 1e3):
             data = dfan.Features(work, memory=memory)
@@ -1649,10 +1651,10 @@ def epoch(n):
             start = time.perf_counter()
             dfan.train_epoch(model, torch.optim.Adam(model.parameters()), data, range(n), 1, 0, args)
             seconds[memory] = time.perf_counter() - start
-            peak[memory] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+            highest[memory] = peak() / 1024
     row(seconds[0.] / seconds[1e3], f"an epoch, {n} videos, {lengths.sum()} frames: from disk / in memory",
         *seconds.values())
-    row(peak[0.], f"GiB, peak memory of the process from disk (--frames {args.frames}; in memory: {peak[1e3]:.2f})")
+    row(highest[0.], f"GiB, peak memory of the process, --frames {args.frames} (all in memory: {highest[1e3]:.2f})")
 
 
 def padding():
@@ -1705,7 +1707,7 @@ def extraction(detector, seconds):
 
 def in_a_process(function, *args):
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(function, *args).result()
+        return pool.submit(function, *args).result()
 
 
 def benchmark(quick=False):
@@ -1720,7 +1722,7 @@ def benchmark(quick=False):
     for B in (16, 1, 32):
         for T in (400, 100, 1600, 4260):
             recurrence(B, T, 5, {400: 5, 100: 5, 1600: 2}.get(T, 0) if B == 16 else 0)
-    memory = {T: peak_memory(T) for T in (100, 400, 1600, 4260)}
+    memory = {T: in_a_process(peak_memory, T) for T in (100, 400, 1600, 4260)}
     row(memory[1600] / memory[400], "memory at T=1600 / at T=400; MiB above the features at T = 100, 400, 1600, 4260",
         *memory.values())
     in_a_process(epoch, 819)
