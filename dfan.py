@@ -1281,7 +1281,7 @@ def draw_attention(title, A_T, seconds, unit, shown, frames, boxes, A_o):
     write(image, title, gap, 24, 0.6)
     left, right, top, bottom = 90, image.shape[1] - 30, height + 90, height + 235
     start, end = seconds[0], max(seconds[-1], seconds[0] + 1e-3)
-    highest = max(A_T.max(), 1 / len(A_T)) * 1.1
+    highest = max(A_T.max(), 2 / len(A_T)) * 1.1
     place = lambda t, v: (int(left + (right - left) * (seconds[t] - start) / (end - start)),
                           int(bottom - (bottom - top) * v / highest))
     for n, (t, frame, F_o, weights) in enumerate(zip(shown, frames, boxes, A_o)):
@@ -1306,10 +1306,11 @@ def draw_attention(title, A_T, seconds, unit, shown, frames, boxes, A_o):
     cv2.line(image, (left, uniform), (right, uniform), GREY, 1)
     curve = np.array([place(t, v) for t, v in enumerate(A_T)], np.int32)
     cv2.polylines(image, [curve], False, BLUE, 2, cv2.LINE_AA)
-    write(image, "A_T", 10, bottom + 22)
-    write(image, f"{highest:.4f}", 10, top + 8, 0.4)
-    write(image, "uniform", 10, uniform + 4, 0.4)
-    write(image, f"{1 / len(A_T):.4f}", 10, uniform + 18, 0.4)
+    cv2.circle(image, place(A_T.argmax(), A_T.max()), 4, BLUE, -1, cv2.LINE_AA)
+    write(image, "A_T", 10, top - 12)
+    for y, label in ((top, f"{highest:.4f}"), (uniform - 7, "uniform"), (uniform + 7, f"{1 / len(A_T):.4f}"),
+                     (bottom, "0")):
+        write(image, label, 10, y + 4, 0.4)
     step = next(v for v in (m * 10. ** e for e in range(-3, 6) for m in (1, 2, 5)) if v >= (end - start) / 8)
     for v in np.arange(np.ceil(start / step) * step, end + step / 1000, step):
         x = left + (right - left) * (v - start) / (end - start)
@@ -1359,7 +1360,8 @@ def predict(args):
                     warning = extract_features.extract_one(source, path, networks, made)
                 warnings.append(warning)
             F, other = read_features(path, settings["features"])
-            if {**made, **json.loads(other)}.get("random_weights") is not None:
+            random = {**made, **json.loads(other)}.get("random_weights") is not None
+            if random:
                 warnings.insert(0, "features of networks with RANDOM weights: it means nothing")
             if made and other not in ("{}", saved["extraction"]["settings"]):
                 raise InputError(f"{source}: not made as the features of {args.checkpoint} were; give the video")
@@ -1381,7 +1383,8 @@ def predict(args):
                      times_uniform=float(A_T[t] * len(A_T)), objects=strongest(A_o[t], F_O[t], extract_features.NAMES))
                 for t in moments(A_T, seconds)], warning="; ".join(filter(None, warnings)), features=str(path))
             found["picture"] = picture(args, f"{name}.png", attention_picture(
-                f"{source}: {emotion}", A_T, A_o, F_O, numbers, seconds, " s", video))
+                f"{source}: {emotion}{'  RANDOM WEIGHTS' if random else ''}", A_T, A_o, F_O, numbers, seconds, " s",
+                video))
             print(json.dumps(found) if args.json else in_words(found, min(LAST_FRAMES, len(A_T))), flush=True)
         except (InputError, extract_features.VideoError) as failure:
             failed += 1

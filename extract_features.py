@@ -122,7 +122,7 @@ def find_weights(network, folder):
         else:
             raise InputError(f"cannot download {name} ({failures[0]}); get it from "
                              f"{' or '.join(a + name for a in addresses)} by other means and name its folder with "
-                             "--weights DIR")
+                             "--weights DIR (a trial without weights: --random-weights)")
     sha256 = hash_file(path)
     if not sha256.startswith(prefix):
         raise InputError(f"{path}: its SHA-256 is {sha256}, not the published {prefix}...; delete it and get it from "
