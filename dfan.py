@@ -1221,7 +1221,8 @@ def figure4(data, test, args, checkpoint):
     emotions, attentions = evaluate(model, data, firsts, args)
     for i, emotion, (A_T, A_o) in zip(firsts, emotions, attentions):
         numbers, seconds = read_times(data.paths[i], len(A_T)) if args.data else [np.arange(len(A_T))] * 2
-        title, unit = f"{data.ids[i]}: predicted {data.classes[emotion]}{args.mark}", " s" if args.data else ""
+        title = f"{data.ids[i]}: predicted {data.classes[emotion]}{args.mark if args.data else '  SYNTHETIC'}"
+        unit = " s" if args.data else ""
         path = picture(args, "figure4-" + data.ids[i].replace("/", "-") + ".png", attention_picture(
             title, A_T, A_o, data.load(i, 0)[2].numpy(), numbers, seconds, unit,
             find_video(args.videos, *data.ids[i].split("/", 1)) if args.data else None))
@@ -1298,7 +1299,7 @@ def draw_attention(title, A_T, seconds, unit, shown, frames, boxes, A_o):
             cv2.rectangle(small, tuple(corners[:2]), tuple(corners[2:]), colour, 1 + int(saturation > 0.5))
         x = gap + (width + gap) * n
         image[40 + (height - h) // 2:40 + (height - h) // 2 + h, x + (width - w) // 2:x + (width - w) // 2 + w] = small
-        write(image, f"{seconds[t]:.1f}{unit}", x + width / 2, height + 52, 0.45, centre=True)
+        write(image, f"{seconds[t]:.{1 if unit else 0}f}{unit}", x + width / 2, height + 52, 0.45, centre=True)
         cv2.line(image, (x + width // 2, height + 62), (place(t, 0)[0], top), GREY, 1, cv2.LINE_AA)
         cv2.line(image, (place(t, 0)[0], top), place(t, 0), GREY, 1)
     cv2.rectangle(image, (left, top), (right, bottom), BLACK, 1)
