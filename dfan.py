@@ -1530,7 +1530,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
         if not 0 < getattr(args, name) < 1e30:
-            parser.error(f"--{name}: must be greater than 0, and a number")
+            parser.error(f"--{name}: must be greater than 0 and less than 1e30")
     if not 0 <= args.beta <= 1:
         parser.error("--beta: must be in [0, 1]")
     if not 0 <= args.seed < 2 ** 31:
