@@ -1098,6 +1098,7 @@ def reproduce(data, splits, args):
             bars = {K: cell(K=K) for K in FIGURE2 if K <= stored}
             table("Figure 2", [(f"top {K} objects", None, r) for K, r in bars.items()])
             image = draw_bars(named, {f"{K}": mean_std(r, "accuracy") for K, r in bars.items()})
+            lines.append("  the paper: K = 16 in its text (3.2.1), 4 the best in its figure (4.2), numbers not printed")
             lines.append("picture  " + picture(args, "figure2.png", image))
         elif what == "figure3":
             confusion = np.mean([r["confusion"] for r in cell()], 0)
