@@ -21,7 +21,6 @@ for TV-L1, Faster R-CNN for Grid R-CNN (README, "What differs from the paper").
 """
 import argparse
 import concurrent.futures
-import contextlib
 import hashlib
 import io
 import itertools
@@ -31,7 +30,6 @@ import pickle
 import shutil
 import sys
 import time
-import zipfile
 from collections import deque
 from pathlib import Path
 
