@@ -33,6 +33,7 @@ Text in quotation marks is the paper's. Code counts frames from 0, the paper fro
 import argparse
 import contextlib
 import csv
+import datetime
 import hashlib
 import io
 import json
@@ -67,9 +68,7 @@ CLIP = 1.0                                  # ours too: largest norm of the grad
 PADDED_FRAMES = 16000                       # and the most frames in a batch, which bounds the memory
 
 
-# ======================================================================================================
-# 3.2 Dual Focus Attention Network
-# ======================================================================================================
+# ---- 3.2 Dual Focus Attention Network ----
 
 class DFAN(nn.Module):
     """ "The Dual Focus Attention (DFA) cell consists of two focus attention modules with two vanilla LSTM
@@ -196,14 +195,14 @@ class Pooling(nn.Module):
 
     def forward(self, F_A, F_S, F_O, lengths=None):
         real, there = real_frames(F_A, lengths), objects_there(F_O)
-        T_video = real.sum(1, keepdim=True)                                       # (B,1)
-        middles = (torch.arange(10, device=F_A.device) + 0.5) / 10                # of ten equal parts
-        ten = (middles * T_video).long()                                          # (B,10)
+        lengths = real.sum(1, keepdim=True).long()                                # (B,1)
+        middles = 2 * torch.arange(10, device=F_A.device) + 1                     # of ten equal parts, in twentieths
+        ten = middles * lengths // 20                                             # (B,10)
         FF = torch.cat([F_A, F_S], -1)
         FF = FF[torch.arange(len(FF), device=FF.device)[:, None], ten]            # (B,10,2413)
         logits = self.W(FF.amax(1) if self.how == "max" else FF.mean(1))          # (B,C)
         logits = logits.unsqueeze(1) * real.unsqueeze(-1)                         # (B,T,C)
-        A_T = torch.zeros_like(real).scatter_add_(1, ten, torch.full_like(middles * T_video, 0.1))
+        A_T = torch.zeros_like(real).scatter_add_(1, ten, torch.full(ten.shape, 0.1).to(real))
         A_o = focus(torch.zeros_like(there), there) * real.unsqueeze(-1)          # uniform
         return dict(logits=logits, P=torch.softmax(logits, -1) * real.unsqueeze(-1), A_T=A_T, A_o=A_o)
 
@@ -230,9 +229,7 @@ def vote(P, lengths):
     return torch.stack(emotions)
 
 
-# ======================================================================================================
-# 4.1 The two protocols, training and evaluation
-# ======================================================================================================
+# ---- 4.1 The two protocols, training and evaluation ----
 
 def make_splits(data, args):
     """The (training, validation) positions of each run of the protocol, lists of int. Raises InputError.
@@ -240,18 +237,13 @@ def make_splits(data, args):
     Ekman: "The dataset provides the training and validation splits." VideoEmotion: "our experiments are conducted
     ten times. Each time we randomly choose 2/3 of the data for training and another 1/3 for validation." (4.1)
     """
-    splits, lists = [], args.split
-    if args.dataset == "videoemotion" and not lists:
+    splits = []
+    if args.dataset == "videoemotion" and not args.split:
         for seed in range(args.seed, args.seed + 10):
             with about(args.data, "each class needs three videos or more"):
                 draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)         # of each class [R12]
                 splits += [tuple(v.tolist() for v in part) for part in draw.split(data.ids, data.labels)]
-    elif not lists:
-        lists = [str(Path(args.data, name)) for name in ("trainlist01.txt", "testlist01.txt")]
-        if not all(map(os.path.exists, lists)):
-            raise InputError(f"{' and '.join(lists)}: not there; copy the data set's lists to that place, or name "
-                             "others with --split TRAIN TEST")
-    for path, other in zip(lists[::2], lists[1::2]):
+    for path, other in zip(args.split[::2], args.split[1::2]):
         splits.append((listed(path, data, args), listed(other, data, args)))
         both = set(splits[-1][0]) & set(splits[-1][1])
         if both:
@@ -365,13 +357,9 @@ def protocol(data, splits, args):
     return [results[n] for n in sorted(results)]
 
 
-# ======================================================================================================
-# Here the paper's part ends. What follows is data, a faster form of the same network, and tools.
-# ======================================================================================================
+# ---- Here the paper's part ends. What follows is data, a faster form of the same network, and tools. ----
 
-# ------------------------------------------------------------------------------------------------------
-# Fast: the same network
-# ------------------------------------------------------------------------------------------------------
+# ---- Fast: the same network ----
 
 class Fast(DFAN):
     """DFAN with O(T) work in place of O(T^2), by two identities. Both are exact:
@@ -437,9 +425,7 @@ def make_network(shape, classes, args):
     return Network(*shape, args.hidden, classes, args.beta, o_focus=args.fusion == "dual")
 
 
-# ------------------------------------------------------------------------------------------------------
-# Data: feature files, split lists, the planted set
-# ------------------------------------------------------------------------------------------------------
+# ---- Data: feature files, split lists, the planted set ----
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts")
 
@@ -588,7 +574,7 @@ def read_list(path, ids):
             known.setdefault(name, []).append(i)
     suffix = re.compile(rf"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
     found, missing = [], []
-    with about(path):
+    with about(path, "it is a split list in UTF-8; name others with --split TRAIN TEST"):
         for line in filter(None, map(str.strip, Path(path).read_text(encoding="utf-8-sig").split("\n"))):
             names = [same(name) for name in (line, re.sub(r"\s+\d+$", "", line))]       # with and without a label
             hits = next((known[n] for n in (*names, *(suffix.sub("", n) for n in names)) if n in known), [])
@@ -613,9 +599,7 @@ def listed(path, data, args):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------
-# Files and failures
-# ------------------------------------------------------------------------------------------------------
+# ---- Files and failures ----
 
 class InputError(Exception):
     """A failure that the user can mend: one line that names the file; `command` ends with status 2."""
@@ -719,9 +703,7 @@ def resume(number, settings, args, model, optimizer):
     return path, []
 
 
-# ------------------------------------------------------------------------------------------------------
-# Section 4: tables and figures; does A_T find the emotional moments?
-# ------------------------------------------------------------------------------------------------------
+# ---- Section 4: tables and figures; does A_T find the emotional moments? ----
 
 EMOTIONS = {"videoemotion": ["anger", "anticipation", "disgust", "fear", "joy", "sadness", "surprise", "trust"],
             "ekman": ["anger", "disgust", "fear", "joy", "sadness", "surprise"]}
@@ -765,7 +747,8 @@ def reproduce(data, splits, args):
             line += f"{mean_std([100 * r['macro'] for r in rows[name]]):>16}{mean_std(accuracies[name] - first):>18}"
             line += "".join(f"  {np.mean(v):.3f}" for v in zip(*(r.get("planted", []) for r in rows[name])))
             say(line + (f"  {accuracies[name].mean() - paper[column]:+.2f} to the paper" if the_papers and paper else ""))
-        write_results(args.out, {what: {name: summary(rows[name], data, args) for name in rows}})
+        write_results(args.out, {what: {name: summary(rows[name], data, argparse.Namespace(**vars(args) | changed))
+                                         for name, changed, _ in ROWS[what]}})
         if what == "figure3":
             print_confusion(rows[name], data, splits[0][1])
             say("the paper's, in %: " + FIGURE3[args.dataset])
@@ -877,9 +860,7 @@ def read_segments(path, data):
     say(f"segments {len(data.segments)} videos have some; skipped: {bad} cells that are no range, {unknown} of other videos")
 
 
-# ------------------------------------------------------------------------------------------------------
-# Figure 4, and a video of one's own
-# ------------------------------------------------------------------------------------------------------
+# ---- Figure 4, and a video of one's own ----
 
 def coco_names():
     """The 80 classes of F_O's probabilities, in its order."""
@@ -1081,9 +1062,7 @@ def predict(source, args):
     print(f"  picture {Path(args.out, stem)}.png, series {Path(args.out, stem)}.json")
 
 
-# ------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------
+# ---- Command line ----
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -1127,13 +1106,15 @@ def parse_args(argv=None):
     args.fusion = args.fusion or ("dual" if "objects" in args.features else "time")
     args.out = args.out or ("out" if args.data or args.predict else "out/planted")
     args.root = args.out
+    if args.data and args.dataset == "ekman" and not args.split:
+        args.split = [str(Path(args.data, name)) for name in ("trainlist01.txt", "testlist01.txt")]
     args.runs = args.runs or (5 if args.reproduce and not args.data else 1)
     for wrong, line in (
             (bool(args.predict) != bool(args.checkpoint), "--predict and --checkpoint go together"),
             (args.predict and (args.data or args.reproduce), "--predict does not train: no --data, no --reproduce"),
             (not 0 <= args.beta <= 1, "--beta: must be in [0, 1]"),
             (not 0 <= args.seed < 2 ** 31, "--seed: must be a whole number from 0 to 2147483647"),
-            (args.runs < 1 or (args.objects or 1) < 1, "--runs and --objects: must be at least 1"),
+            (args.runs < 1 or args.objects is not None and args.objects < 1, "--runs and --objects: must be at least 1"),
             (len(args.split) % 2, "--split takes pairs of lists: TRAIN TEST"),
             (args.dataset == "ekman" and len(args.split) > 2, "--split: one pair for ekman"),
             (args.dataset == "videoemotion" and args.runs > 1, "--runs: videoemotion has its ten"),
@@ -1212,7 +1193,7 @@ def gather(value):
         return [value]
     with about("torchrun", "another of its processes has ended: its line says why"):
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))    # a run may take long
         values = [None] * ranks()[1]
         torch.distributed.all_gather_object(values, value)
     return values

@@ -2,25 +2,16 @@
 
     python extract_features.py videos/ feats/            # videos/<class>/<stem>.mp4 -> feats/<class>/<stem>.npz
     python extract_features.py clip.mp4 feats/           # one video -> feats/clip.npz
-    python extract_features.py videos/ feats/ --no-flow --detector fasterrcnn_mobilenet_v3_large_320_fpn  # on a CPU
-    python extract_features.py videos/ feats/ --finetune videos/trainlist01.txt    # tunes the backbones first (4.1)
-    torchrun --nproc-per-node=2 extract_features.py videos/ feats/                 # shares the videos out
 
-One .npz a video, T sampled frames, readable with numpy alone:
+Of T sampled frames, readable with numpy alone:
 
     action   (T,2048) float16   F_A: Kinetics-400 TSN ResNet-50, RGB and flow, pooled, the mean of both [R13]
     scene    (T,365)  float16   F_S: outputs of the Places365 ResNet-18
-    objects  (T,K,84) float16   F_O: of the K most probable boxes of a COCO detector the 80 class probabilities and
-                                x1/W, y1/H, x2/W, y2/H; by falling probability, zeros where there are fewer [R15]
-    frames   (T,)     int64     number of each sampled frame among the decoded ones, from 0
-    seconds  (T,)     float64   its time stamp
-    fps      ()       float64   frames a second, as the file says
-    warning  ()       str       why the video may be cut off, or ""
-    video_bytes ()    int64     size of the video file
-    settings ()       str       JSON: what made the file (networks, hashes, every, K, options, versions)
-
-Where the paper's networks are not public, the nearest public ones stand in: TSN ResNet-50 for DPN107, OpenCV's DIS
-flow for TV-L1, Faster R-CNN for Grid R-CNN.
+    objects  (T,K,84) float16   F_O: of the K most probable boxes 80 COCO probabilities and x1/W, y1/H, x2/W, y2/H;
+                                zeros where there are fewer boxes [R15]
+    frames, seconds (T,)        number of each sampled frame among the decoded ones, from 0; its time stamp
+    fps, warning, video_bytes   frames a second, as the file says; why it may be cut off, or ""; size of the video file
+    settings                    JSON of what made it: networks, hashes, every, K, options, versions
 """
 import argparse
 import collections
@@ -30,6 +21,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -44,12 +36,10 @@ try:
     import numpy as np
     import torch
     from torch import nn
-    from torchvision.models import detection, resnet18, resnet50
-    from torchvision.models.resnet import Bottleneck
+    from torchvision.models import detection, get_model_weights, resnet18, resnet50
     from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
 except ImportError as missing:
-    print(f"extract_features.py: {missing}; pip install -r requirements.txt; if libGL is missing: apt install libgl1, "
-          "or opencv-python-headless in place of opencv-python", file=sys.stderr)
+    print(f"extract_features.py: {missing}; pip install -r requirements.txt, or for libGL: apt install libgl1", file=sys.stderr)
     sys.exit(2)
 
 from dfan import SUFFIXES, InputError, about, command, gather, ranks, read_list, write_whole
@@ -59,9 +49,7 @@ PAIRS, BOUND = 5, 20                       # TSN's flow input: five fields, clip
 TRIES = 200                                # failures in a row that end a video
 
 
-# ======================================================================================================
-# 4.1 Sampling: "one frame is uniformly sampled at every eight frames for feature extraction"
-# ======================================================================================================
+# ---- 4.1 Sampling: "one frame is uniformly sampled at every eight frames for feature extraction" ----
 
 class VideoError(Exception):
     """A video that gives no frames: it is reported, and the run goes on."""
@@ -103,7 +91,7 @@ def read_video(path, every, flow):
             last = seconds
             frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             waiting.append(dict(number=number, seconds=seconds, fps=fps, frame=frame,
-                                rgb=centre_crop(resize_short(frame, 256)),
+                                rgb=centre_crop(frame),
                                 scene=centre_crop(cv2.resize(frame, (256, 256), interpolation=cv2.INTER_AREA))))
         # the window of frame n is frames n-2 to n+3, from 0 at the earliest: `greys` when its last one is there
         while waiting and (not flow or number >= max(0, waiting[0]["number"] - PAIRS // 2) + PAIRS):
@@ -129,9 +117,11 @@ def resize_short(image, side):
     return image if size == (w, h) else cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
-def centre_crop(image, side=224):
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    return image[top:top + side, left:left + side]
+def centre_crop(image):
+    """The middle 224 x 224 pixels, the short side at 256."""
+    image = resize_short(image, 256)
+    top, left = (image.shape[0] - 224) // 2, (image.shape[1] - 224) // 2
+    return image[top:top + 224, left:left + 224]
 
 
 def flow_fields(dis, greys):
@@ -144,16 +134,13 @@ def flow_fields(dis, greys):
     fields += fields[-1:] * (PAIRS - len(fields))
     fields = np.nan_to_num(np.concatenate(fields, -1), nan=0.)                       # DIS on a strip of 16 x 512
     flow = (fields.clip(-BOUND, BOUND) + BOUND) * (255 / (2 * BOUND))
-    return centre_crop(resize_short(np.round(flow).astype(np.uint8), 256))
+    return centre_crop(np.round(flow).astype(np.uint8))
 
 
-# ======================================================================================================
-# 3.1 Multiple feature extraction
-# ======================================================================================================
+# ---- 3.1 Multiple feature extraction ----
 
 IMAGES = dict(action_rgb="rgb", action_flow="flow", scene="scene")        # network -> its images in a sample
 IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]              # mean, standard deviation
-NORMALISATION = dict(action_rgb=IMAGENET, action_flow=([128.], [128.]), scene=IMAGENET)
 
 
 @torch.inference_mode()
@@ -174,7 +161,7 @@ def features_of(samples, models, device):
 
 def network_input(name, images, device):
     """Images (N,224,224,.) uint8 -> (N,.,224,224) float32, normalised."""
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in NORMALISATION[name])
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (IMAGENET if name != "action_flow" else ([128.], [128.])))
     return (torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() - mean) / std
 
 
@@ -207,14 +194,10 @@ def detect(model, frames):
     return out
 
 
-# ======================================================================================================
-# Weights
-# ======================================================================================================
+# ---- Weights ----
 
-DETECTORS = {"fasterrcnn_resnet50_fpn_v2": detection.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
-             "fasterrcnn_resnet50_fpn": detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
-             "fasterrcnn_mobilenet_v3_large_fpn": detection.FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
-             "fasterrcnn_mobilenet_v3_large_320_fpn": detection.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1}
+DETECTORS = {f"fasterrcnn_{name}": get_model_weights(f"fasterrcnn_{name}").COCO_V1 for name in (
+    "resnet50_fpn_v2", "resnet50_fpn", "mobilenet_v3_large_fpn", "mobilenet_v3_large_320_fpn")}
 COCO_91 = DETECTORS["fasterrcnn_resnet50_fpn_v2"].meta["categories"]
 COCO_80 = [i for i, name in enumerate(COCO_91) if name not in ("__background__", "N/A")]             # the rows of F_O
 # mmaction2's host was reported back on 9 June 2026 after outages; its bucket and the others were never seen from here
@@ -241,39 +224,26 @@ def find_weights(network, folder):
     name, prefix, addresses = FILES[network]
     cache = Path(torch.hub.get_dir(), "checkpoints")
     path = next((p for p in (Path(folder or cache, name), cache / name) if p.is_file()), cache / name)
-    reasons = []
-    for address in addresses if not path.is_file() else ():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(address + name, str(path), prefix, progress=sys.stderr.isatty())
-            break
-        except (OSError, RuntimeError) as error:                      # no network; wrong hash
-            reasons.append(str(error))
+    for address in addresses:
+        if not path.is_file():
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(address + name, str(path), prefix, progress=sys.stderr.isatty())
+            except (OSError, RuntimeError) as error:                  # no network; wrong hash
+                reason = error
     if not path.is_file():
         lone = "; it has one host and no mirror, --no-flow goes without" if network == "action_flow" else ""
-        raise InputError(f"cannot download {name} ({reasons[0]}); get it from {' or '.join(a + name for a in addresses)}"
-                         f" and name its folder with --weights DIR{lone}; a trial without weights: --random-weights")
-    sha256 = hash_file(path)
+        raise InputError(f"cannot download {name} ({reason}); get it from {' or '.join(a + name for a in addresses)} "
+                         f"and name its folder with --weights DIR{lone}; a trial without weights: --random-weights")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if not sha256.startswith(prefix):
         raise InputError(f"{path}: its SHA-256 is {sha256}, not the published {prefix}...; delete it and get it again")
     return path, sha256
 
 
-def hash_file(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def tsn_key(key):
-    """A key of mmaction2's TSN, as torchvision's resnet50 calls it."""
-    key = key.removeprefix("backbone.").replace("cls_head.fc_cls", "fc")
-    key = key.replace("downsample.conv.", "downsample.0.").replace("downsample.bn.", "downsample.1.")
-    for n in "123":
-        key = key.replace(f"conv{n}.conv.", f"conv{n}.").replace(f"conv{n}.bn.", f"bn{n}.")
-    return key
+# the keys of Places365 and of mmaction2's TSN -> torchvision's
+RENAMED = [(r"^(module|backbone)\.", ""), (r"^cls_head\.fc_cls", "fc"), (r"downsample\.conv", "downsample.0"),
+           (r"downsample\.bn", "downsample.1"), (r"conv(\d)\.(conv|bn)\.", r"\2\1.")]
 
 
 def build_detector(name):
@@ -297,23 +267,22 @@ def build(names, weights, seed, device, tuned=None):
     models = {}
     for name in names:
         if name == "scene":
-            model, rename = resnet18(num_classes=365), lambda key: key.removeprefix("module.")
+            model = resnet18(num_classes=365)
         elif name in DETECTORS:
-            model, rename = build_detector(name), lambda key: key
+            model = build_detector(name)
         else:
-            model, rename = resnet50(num_classes=400), tsn_key
+            model = resnet50(num_classes=400, zero_init_residual=True)     # random features of size 1, not 15
         if name == "action_flow":
             model.conv1 = nn.Conv2d(2 * PAIRS, 64, 7, stride=2, padding=3, bias=False)
         if weights and name not in (tuned or {}):
             with about(weights[name], "these are not the weights of this network; get the published file"):
                 state = torch.load(weights[name], map_location="cpu", weights_only=True)
                 state = state.get("state_dict", state)
-                model.load_state_dict({rename(k): v for k, v in state.items()}, strict=True)
+                for old, new in () if name in DETECTORS else RENAMED:
+                    state = {re.sub(old, new, k): v for k, v in state.items()}
+                model.load_state_dict(state, strict=True)
         elif name in DETECTORS:
             model.roi_heads.score_thresh = 0.                         # random scores are all about 1/91
-        elif name.startswith("action"):
-            for block in (m for m in model.modules() if isinstance(m, Bottleneck)):
-                nn.init.constant_(block.bn3.weight, 0.65)             # features of size 1, not 15
         if name.startswith("action"):
             model.fc = nn.Identity()                                  # pooled features (N,2048)
         if name in (tuned or {}):
@@ -322,9 +291,7 @@ def build(names, weights, seed, device, tuned=None):
     return models
 
 
-# ======================================================================================================
-# Files
-# ======================================================================================================
+# ---- Files ----
 
 def find_videos(folder):
     """{"class/stem": path} of the videos below a folder, sorted; {"stem": path} of one video. Raises InputError."""
@@ -336,15 +303,14 @@ def find_videos(folder):
     for path in sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names):
         parts = path.relative_to(folder).parts
         if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in parts):
-            if len(parts) < 2:
-                raise InputError(f"{path}: in no class folder; give the folder above, {folder.absolute().parent}, if "
-                                 f"{folder.absolute().name} is a class, or move it to {folder}/<class>/")
             identity = f"{parts[0]}/{path.name[:-len(path.suffix)]}"
-            if identity in videos:
-                raise InputError(f"{videos[identity]} and {path} are both {identity}; rename one of them")
+            with about(path):
+                assert len(parts) > 1, (f"in no class folder; give the folder above, {folder.absolute().parent}, if "
+                                        f"{folder.absolute().name} is a class, or move it to {folder}/<class>/")
+                assert identity not in videos, f"{identity}, as {videos.get(identity)} is; rename one of them"
             videos[identity] = path
-    if not videos:
-        raise InputError(f"{folder}: no video below it ({' '.join(SUFFIXES)}); it holds <class>/<name>.mp4")
+    with about(folder):
+        assert videos, f"no video below it ({' '.join(SUFFIXES)}); it holds <class>/<name>.mp4"
     counts = collections.Counter(identity.split("/")[0] for identity in videos)
     print("classes  " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
     if len(counts) == 1:
@@ -359,8 +325,7 @@ def is_finished(path, video, settings):
             old, size = json.loads(str(f["settings"])), int(f["video_bytes"])
     except Exception:                                                 # not there, or damaged: made again
         return False
-    short = lambda v: f"a list of {len(v)}" if isinstance(v, list) and len(v) > 9 else v
-    differs = [f"{k} {short(old.get(k))} (now {short(settings.get(k))})" for k in settings | old
+    differs = [f"{k} {old.get(k)} (now {settings.get(k)})"[:200] for k in settings | old
                if old.get(k) != settings.get(k) and k not in ("opencv", "options")]
     if differs:
         raise InputError(f"{path}: made with other settings: {'; '.join(differs)}; --overwrite makes it again, another "
@@ -373,17 +338,17 @@ def is_finished(path, video, settings):
 
 def extract(path, models, settings, batch, device):
     """The arrays of one video's .npz. Raises VideoError."""
-    parts, warning = [], ""
+    parts = []
     samples = read_video(path, settings["every"], "action_flow" in models)
     while chunk := list(itertools.islice(samples, batch)):
-        warning = chunk.pop()["end"] if "end" in chunk[-1] else warning
+        warning = chunk.pop()["end"] if "end" in chunk[-1] else ""
         if chunk:
             F = features_of(chunk, models, device)
             parts.append(F | {k: np.array([s[k] for s in chunk]) for k in ("number", "seconds", "fps")})
     F = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-    return dict(action=F["action"].astype(np.float16), scene=F["scene"].astype(np.float16),
-                objects=F["objects"].astype(np.float16), frames=F["number"], seconds=F["seconds"], fps=F["fps"][0],
-                warning=warning, video_bytes=np.int64(os.path.getsize(path)), settings=json.dumps(settings))
+    features = {k: F[k].astype(np.float16) for k in ("action", "scene", "objects")}
+    return dict(**features, frames=F["number"], seconds=F["seconds"], fps=F["fps"][0], warning=warning,
+                video_bytes=np.int64(os.path.getsize(path)), settings=json.dumps(settings))
 
 
 def save_arrays(path, arrays):
@@ -392,10 +357,8 @@ def save_arrays(path, arrays):
     write_whole(path, buffer.getbuffer())
 
 
-# ======================================================================================================
-# Fine-tuning: "Both the action and the scene feature extraction networks change the final classification layer and
+# ---- Fine-tuning: "Both the action and the scene feature extraction networks change the final classification layer and
 # use the training set for fine-tuning." (4.1) After TSN; the numbers are not in the paper.
-# ======================================================================================================
 
 SEGMENTS, KEPT, TUNING = 3, 8, dict(epochs=10, lr=1e-3, momentum=0.9, weight_decay=5e-4, batch=8)
 
@@ -473,23 +436,18 @@ def finetune(args, videos, names, weights, files, device):
         if ranks()[1] > 1:
             raise InputError(f"{path}: not there yet; give the command once without torchrun, then with it")
         for identity, kept in zip(train, images):
-            if not kept.exists():
-                print(f"tuning   images of {identity}", flush=True)
-                try:
+            with about(videos[identity], f"take it off {args.finetune}"):
+                if not kept.exists():
+                    print(f"tuning   images of {identity}", flush=True)
                     save_arrays(kept, kept_images(videos[identity], args.every, not args.no_flow))
-                except VideoError as error:
-                    raise InputError(f"{videos[identity]}: {error}; take it off {args.finetune}") from error
         backbone = build([name], weights, args.seed, device)[name]
         state = tune(name, backbone, images, labels, len(classes), device, args.seed)
-        buffer = io.BytesIO()
-        torch.save(dict(state=state, meta=meta), buffer)
+        torch.save(dict(state=state, meta=meta), buffer := io.BytesIO())
         write_whole(path, buffer.getbuffer())
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# ======================================================================================================
-# Command line
-# ======================================================================================================
+# ---- Command line ----
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -539,24 +497,24 @@ def main(argv=None):
         with about(path, "--tuned takes the folder of features that --finetune wrote"):
             saved = torch.load(path, map_location="cpu", weights_only=True)
             tuned[name], tuned_on = saved["state"], saved["meta"]["tuned_on"]
-        files[name] = f"{path.name} sha256 {hash_file(path)}, from {files[name]}"
+        files[name] = f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, from {files[name]}"
     settings = dict(version=2, every=args.every, K=K, networks=files, tuned_on=tuned_on, options=options,
                     random_weights=args.seed if args.random_weights else None, opencv=cv2.__version__)
     out = {identity: feats / f"{identity}.npz" for identity in list(videos)[rank::world]}
-    finished = lambda identity: is_finished(out[identity], videos[identity], settings)
-    todo = [identity for identity in out if args.overwrite or not finished(identity)]
+    finished = lambda identity: not args.overwrite and is_finished(out[identity], videos[identity], settings)
+    todo = [identity for identity in out if not finished(identity)]
     for path in sorted(Path(args.videos).glob("*")) if rank == 0 else ():
         if path.suffix in (".txt", ".list") and not (feats / path.name).exists():
             write_whole(feats / path.name, path.read_bytes())
-    for identity in out:                                              # dfan.py must see a class whose videos all fail
-        with about(out[identity].parent, "choose another output folder"):
-            out[identity].parent.mkdir(parents=True, exist_ok=True)
+    with about(feats, "choose another output folder"):
+        for path in out.values():                                     # dfan.py must see a class whose videos all fail
+            path.parent.mkdir(parents=True, exist_ok=True)
     print(f"{len(out)} videos, {len(out) - len(todo)} finished before, {len(todo)} to do; device {device}", flush=True)
     models = build(names, weights, args.seed, device, tuned) if todo else {}
     random.Random(os.getpid()).shuffle(todo)                          # two extractions at once rarely meet
     start, frames, failures, warnings, elsewhere = time.monotonic(), 0, [], [], 0
     for n, identity in enumerate(todo, 1):
-        if not args.overwrite and finished(identity):                 # by another process, meanwhile
+        if finished(identity):                                        # by another process, meanwhile
             elsewhere += 1
             continue
         try:
@@ -574,7 +532,8 @@ def main(argv=None):
     if todo:
         print(f"{len(todo) - len(failures) - elsewhere} videos extracted, {len(failures)} failed, {frames} frames sampled in "
               f"{time.monotonic() - start:.0f} s" + (f", {elsewhere} by another process" if elsewhere else ""))
-    print("".join(f"{line}\n" for line in failures + warnings), end="")
+    for line in failures + warnings:
+        print(line)
     return max(gather(1 if failures else 0))                          # together: torchrun ends all when one ends
 
 
