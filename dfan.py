@@ -54,7 +54,8 @@ try:
     from sklearn.model_selection import StratifiedShuffleSplit
     from torch import nn
 except ImportError as missing:
-    sys.exit(f"dfan.py: {missing}; pip install -r requirements.txt")
+    print(f"dfan.py: {missing}; pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 BETA = 0.6                                  # "we empirically set beta = 0.6" (3.2.2)
 LAST_FRAMES = 10                            # "we count the predictions of the last ten frames" (4.1)
@@ -589,7 +590,7 @@ def listed(path, data, args):
     """The positions of a list's videos. Raises InputError if some have no features, unless --allow-missing."""
     found, missing = read_list(path, data.ids)
     line = (f"{path}: {len(missing)} of {len(found) + len(missing)} listed videos have no features in {args.data}: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} (known is, for instance, {data.ids[0]})")
     if missing and args.allow_missing and found:
         say(f"missing  {line}")
     elif missing:
@@ -1143,7 +1144,14 @@ def main(argv=None):
         twice = next((s for s in stems if stems.count(s) > 1), None)
         if twice:
             raise InputError(f"{twice}: the name of two files; predict them into two --out folders")
-        return 2 if sum([failed(predict, source, args) for source in args.predict]) else 0
+        status = 0
+        for source in args.predict:
+            try:
+                predict(source, args)
+            except InputError as failure:
+                print(f"dfan.py: {failure}", file=sys.stderr, flush=True)
+                status = 2
+        return status
     say(f"versions torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}; {args.device}")
     data = Features(args.data, FEATURES if args.reproduce else args.features) if args.data else Planted(args.seed)
     if data.extraction.get("random_weights") is not None:
@@ -1170,16 +1178,6 @@ def main(argv=None):
         f"python dfan.py --predict VIDEO --checkpoint {args.out}/run0.pt" if args.data else
         "python dfan.py --reproduce figure4, or your own features: python dfan.py --data FEATS"))
     return 0
-
-
-def failed(function, *arguments):
-    """Calls it; a user's failure becomes one line. Returns whether there was one."""
-    try:
-        function(*arguments)
-        return False
-    except InputError as failure:
-        print(f"dfan.py: {failure}", file=sys.stderr, flush=True)
-        return True
 
 
 def ranks():

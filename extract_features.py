@@ -50,7 +50,6 @@ TRIES = 200                                # failures in a row that end a video
 
 
 # ---- 4.1 Sampling: "one frame is uniformly sampled at every eight frames for feature extraction" ----
-
 class VideoError(Exception):
     """A video that gives no frames: it is reported, and the run goes on."""
 
@@ -113,8 +112,8 @@ def read_video(path, every, flow):
 def resize_short(image, side):
     """Scales so that the short side is `side` pixels."""
     h, w = image.shape[:2]
-    size = (side, max(side, round(h * side / w))) if w < h else (max(side, round(w * side / h)), side)
-    return image if size == (w, h) else cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    size = max(side, round(w * side / min(h, w))), max(side, round(h * side / min(h, w)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
 def centre_crop(image):
@@ -125,10 +124,7 @@ def centre_crop(image):
 
 
 def flow_fields(dis, greys):
-    """The flow network's input (224,224,10) uint8 from up to six consecutive grey frames: x0, y0, ..., x4, y4.
-
-    A video shorter than six frames repeats its last pair; a single frame does not move.
-    """
+    """The flow network's input (224,224,10) uint8, x0, y0, ..., x4, y4, of six grey frames; fewer repeat the last pair."""
     still = np.zeros((*greys[0].shape, 2), np.float32)
     fields = [dis.calc(a, b, None) for a, b in itertools.pairwise(greys)] or [still]
     fields += fields[-1:] * (PAIRS - len(fields))
@@ -138,7 +134,6 @@ def flow_fields(dis, greys):
 
 
 # ---- 3.1 Multiple feature extraction ----
-
 IMAGES = dict(action_rgb="rgb", action_flow="flow", scene="scene")        # network -> its images in a sample
 IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]              # mean, standard deviation
 
@@ -175,8 +170,7 @@ def detect(model, frames):
     features = model.backbone(images.tensors)
     proposals, _ = model.rpn(images, features)
     heads = model.roi_heads
-    pooled = heads.box_head(heads.box_roi_pool(features, proposals, images.image_sizes))
-    logits, offsets = heads.box_predictor(pooled)
+    logits, offsets = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, images.image_sizes)))
     per_image = [len(p) for p in proposals]
     all_boxes = heads.box_coder.decode(offsets, proposals).view(*logits.shape, 4).split(per_image)      # (R,91,4)
     all_scores = logits.softmax(-1).split(per_image)                                                    # (R,91)
@@ -195,7 +189,6 @@ def detect(model, frames):
 
 
 # ---- Weights ----
-
 DETECTORS = {f"fasterrcnn_{name}": get_model_weights(f"fasterrcnn_{name}").COCO_V1 for name in (
     "resnet50_fpn_v2", "resnet50_fpn", "mobilenet_v3_large_fpn", "mobilenet_v3_large_320_fpn")}
 COCO_91 = DETECTORS["fasterrcnn_resnet50_fpn_v2"].meta["categories"]
@@ -261,7 +254,7 @@ def build_detector(name):
 def build(names, weights, seed, device, tuned=None):
     """{"action_rgb", "scene", "objects", ...: network} in evaluation mode; the action networks without their last layer.
 
-    weights: {network: path}, or None for random weights of this seed; tuned: {network: state dict} in place of either.
+    weights: {network: path}, empty for random weights of this seed; tuned: {network: state dict} in place of either.
     """
     torch.manual_seed(seed)
     models = {}
@@ -292,7 +285,6 @@ def build(names, weights, seed, device, tuned=None):
 
 
 # ---- Files ----
-
 def find_videos(folder):
     """{"class/stem": path} of the videos below a folder, sorted; {"stem": path} of one video. Raises InputError."""
     folder, videos = Path(folder), {}
@@ -351,15 +343,8 @@ def extract(path, models, settings, batch, device):
                 video_bytes=np.int64(os.path.getsize(path)), settings=json.dumps(settings))
 
 
-def save_arrays(path, arrays):
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_whole(path, buffer.getbuffer())
-
-
-# ---- Fine-tuning: "Both the action and the scene feature extraction networks change the final classification layer and
-# use the training set for fine-tuning." (4.1) After TSN; the numbers are not in the paper.
-
+# ---- Fine-tuning: "Both the action and the scene feature extraction networks change the final classification layer
+# and use the training set for fine-tuning." (4.1) After TSN; the numbers are not in the paper.
 SEGMENTS, KEPT, TUNING = 3, 8, dict(epochs=10, lr=1e-3, momentum=0.9, weight_decay=5e-4, batch=8)
 
 
@@ -423,8 +408,7 @@ def finetune(args, videos, names, weights, files, device):
     train = sorted(ids[i] for i in found)
     classes = sorted({identity.split("/")[0] for identity in train})
     labels = [classes.index(identity.split("/")[0]) for identity in train]
-    folder = feats / ".tuning"
-    images = [folder / f"{identity}.npz" for identity in train]
+    images = [feats / ".tuning" / f"{identity}.npz" for identity in train]
     for name in names:
         path = feats / f"tuned_{name}.pt"
         meta = dict(tuned_on=train, start=files[name], every=args.every, seed=args.seed, tuning=TUNING)
@@ -439,17 +423,18 @@ def finetune(args, videos, names, weights, files, device):
             with about(videos[identity], f"take it off {args.finetune}"):
                 if not kept.exists():
                     print(f"tuning   images of {identity}", flush=True)
-                    save_arrays(kept, kept_images(videos[identity], args.every, not args.no_flow))
+                    np.savez(buffer := io.BytesIO(), **kept_images(videos[identity], args.every, not args.no_flow))
+                    write_whole(kept, buffer.getbuffer())
         backbone = build([name], weights, args.seed, device)[name]
         state = tune(name, backbone, images, labels, len(classes), device, args.seed)
         torch.save(dict(state=state, meta=meta), buffer := io.BytesIO())
         write_whole(path, buffer.getbuffer())
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(feats / ".tuning", ignore_errors=True)
 
 
 # ---- Command line ----
-
-def parse_args(argv=None):
+def main(argv=None):
+    """Returns the exit status: 0, or 1 if videos could not be decoded. Raises InputError."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("videos", help="folder of <class>/<name>.mp4, whose split lists (*.txt, *.list) are copied along; or one video")
@@ -468,12 +453,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.every < 1 or args.batch < 1 or args.seed < 0:
         parser.error("--every and --batch must be at least 1, --seed at least 0")
-    return args
-
-
-def main(argv=None):
-    """Returns the exit status: 0, or 1 if videos could not be decoded. Raises InputError."""
-    args = parse_args(argv)
     rank, world, local = ranks()
     device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     with about(f"--device {device}"):
@@ -481,14 +460,13 @@ def main(argv=None):
     videos, feats = find_videos(args.videos), Path(args.feats)
     names = ["action_rgb", *([] if args.no_flow else ["action_flow"]), "scene", args.detector]
     options = ["--every", str(args.every), "--detector", args.detector] + ["--no-flow"] * args.no_flow
+    weights, files = {}, {name: "random" for name in names}
     if args.random_weights:
         print(f"WARNING  networks with RANDOM weights (seed {args.seed}): their features mean nothing")
-        weights, files = None, {name: "random" for name in names}
         options += ["--random-weights", "--seed", str(args.seed)]
-    else:
-        found = {name: find_weights(name, args.weights) for name in names}
-        weights = {name: path for name, (path, _) in found.items()}
-        files = {name: f"{path.name} sha256 {sha256}" for name, (path, sha256) in found.items()}
+    for name in () if args.random_weights else names:
+        weights[name], sha256 = find_weights(name, args.weights)
+        files[name] = f"{weights[name].name} sha256 {sha256}"
     tuned, tuned_on = {}, None
     if args.finetune:
         finetune(args, videos, [name for name in names if name in IMAGES], weights, files, device)
@@ -519,7 +497,8 @@ def main(argv=None):
             continue
         try:
             arrays = extract(videos[identity], models, settings, args.batch, device)
-            save_arrays(out[identity], arrays)
+            np.savez(buffer := io.BytesIO(), **arrays)
+            write_whole(out[identity], buffer.getbuffer())
         except (VideoError, cv2.error) as error:
             failures.append(" ".join(f"FAILED   {videos[identity]}: {error}".split("\n")))
             print(failures[-1], flush=True)

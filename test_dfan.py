@@ -978,7 +978,7 @@ def test_sizes_of_every_kind(tmp_path):
 
 def test_detector_rows_are_the_models_own_detections():
     torch.manual_seed(0)
-    model = extract.build([SMALL], None, 0, "cpu")["objects"]
+    model = extract.build([SMALL], {}, 0, "cpu")["objects"]
     model.roi_heads.score_thresh = 0.011                          # of random scores, about 1/91, some and not all
     frames = [torch.rand(3, 120, 160) for _ in range(2)]
     with torch.inference_mode():
@@ -1372,7 +1372,7 @@ def test_finetuning_and_the_leak_guard(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "scene  epoch 1/1" in out and "action_rgb  epoch" not in out and "tuned_action_rgb.pt is used again" in out
     state = torch.load(tmp_path / "f/tuned_scene.pt", weights_only=True)["state"]
-    fresh = extract.build(["scene"], None, 0, "cpu")["scene"]
+    fresh = extract.build(["scene"], {}, 0, "cpu")["scene"]
     assert not torch.equal(state["layer4.1.conv1.weight"], fresh.layer4[1].conv1.weight)
     fresh.load_state_dict(state)
     samples, _ = samples_of(path, flow=False)
@@ -1459,7 +1459,24 @@ def speed(B=16, T=400, rounds=5, literal_rounds=1):
     print(f"literal / Fast {middle['literal'] / middle['Fast']:.2f}   Fast / nn.LSTM {middle['Fast'] / middle['nn.LSTM']:.2f}")
 
 
+def extraction(n=128, batch=16):
+    """The plain loop of extract_features.py over the networks' own forwards, the same frames, the small detector."""
+    models = extract.build(["action_rgb", "action_flow", "scene", SMALL], {}, 0, "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_video(Path(folder, "clip.mp4"), n, 360, 640)
+        samples = samples_of(path)[0]
+        for _ in range(2):                                            # the second is warm
+            start = time.perf_counter()
+            extract.extract(path, models, dict(every=8), batch, "cpu")
+            whole = time.perf_counter() - start
+            start = time.perf_counter()
+            for i in range(0, len(samples), batch):
+                extract.features_of(samples[i:i + batch], models, "cpu")
+            forwards = time.perf_counter() - start
+    print(f"{len(samples)} frames: extraction {whole:.1f} s, forwards alone {forwards:.1f} s, ratio {whole / forwards:.2f}")
+
+
 if __name__ == "__main__":
-    for name, function in (("--speed", speed), ("--readings", readings)):
+    for name, function in (("--speed", speed), ("--readings", readings), ("--extraction", extraction)):
         if name in sys.argv:
             function()
