@@ -1,10 +1,10 @@
-"""Dual Focus Attention Network for Video Emotion Recognition (Qiu, He, Wang; ICME 2020), whole, in one script.
+"""Dual Focus Attention Network for Video Emotion Recognition (Qiu, He, Wang; ICME 2020), whole, in one file.
 
     python dfan.py                                        # no data: a built-in planted set, about a minute
     python dfan.py --data feats/ --dataset ekman          # one fixed split (4.1)
     python dfan.py --data feats/ --dataset videoemotion   # ten random 2/3-1/3 splits, mean accuracy (4.1)
     python dfan.py --data feats/ --reproduce table2       # a table or figure of section 4, beside the paper's
-    python dfan.py --predict clip.mp4 --checkpoint out/run0.pt       # your own video: which emotion, when, where
+    python dfan.py --predict clip.mp4 --checkpoint out/run0.pt    # your own video: which emotion, when, where
 
 feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of a video:
 
@@ -75,7 +75,7 @@ class DFAN(nn.Module):
     """ "The Dual Focus Attention (DFA) cell consists of two focus attention modules with two vanilla LSTM
     cells" (3.2), run over the frames of a video (figure 1).
 
-    d_action, d_scene, d_object: widths of the features (2048, 365, 84 in the paper; any will do). beta: of (10).
+    d_action, d_scene, d_object: widths of the features (2048, 365, 84 in the paper; any will do); beta of (10).
     o_focus=False is T.Focus alone, a row of Table 2 [R9]. This class is the complete algorithm. `Fast`, below,
     has the same parameters and gives the same results; everything else there is just efficiency.
     """
@@ -104,7 +104,7 @@ class DFAN(nn.Module):
             A_o    (B,T,K)   the object attention (2)
         """
         B, T, K = F_O.shape[:3]
-        FF = torch.cat([F_A, F_S], -1)               # (B,T,2413)  "the concatenation of [...] action and scene"
+        FF = torch.cat([F_A, F_S], -1)               # (B,T,2413)  "the concatenation of" both
         real = real_frames(FF, lengths)              # (B,T)    1, or 0 for padding
         there = objects_there(F_O)                   # (B,T,K)  1, or 0 for a missing object [R3]
         F_O_bar = mean_object(F_O, there)            # (B,T,84)
@@ -112,7 +112,7 @@ class DFAN(nn.Module):
         h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)
         P = FF.new_zeros(B, self.W_p.out_features)   # P_0 = 0 [R4]
         G_o = FF.new_zeros(B, K)                     # stays so, every object alike, if T.Focus is alone [R9]
-        E = real                                     # (B,T)  exp(G_T); G_T starts at 0, uniform attention [R5]
+        E = real                                     # (B,T)  exp(G_T); G_T starts at 0, uniform [R5]
         outputs = []
         for t in range(T):
             # "LSTM.S accepts not only the average of all object features F_o_bar, but also the hidden values
@@ -150,7 +150,7 @@ class DFAN(nn.Module):
                 old, A_T = A_T, A_T.clone()
                 A_T[:, t - 1] = beta * old[:, t - 1] + (1 - beta) * old[:, t]       # (10)
                 A_T[:, t] = (1 - beta) * old[:, t - 1] + beta * old[:, t]           # (10)
-                E = A_T * E.sum(1, keepdim=True)                                    #      the mixture lasts [R6]
+                E = A_T * E.sum(1, keepdim=True)                                    #      it lasts [R6]
             outputs.append((logits, P, A_o))
         logits, P, A_o = (torch.stack(v, 1) * real.unsqueeze(-1) for v in zip(*outputs))
         return dict(logits=logits, P=P, A_T=A_T, A_o=A_o)
@@ -180,14 +180,14 @@ def objects_there(F_O):
 
 
 def mean_object(F_O, there):
-    """F_O_bar, the mean of the objects that are there, zero if none is [R3]: (...,K,84), (...,K) -> (...,84)."""
+    """F_O_bar, the mean of the objects there, zero if none is [R3]: (...,K,84), (...,K) -> (...,84)."""
     return F_O.sum(-2) / there.sum(-1, keepdim=True).clamp(min=1)
 
 
 class Pooling(nn.Module):
     """ "For Max and Average pooling, we uniformly sample 10 frames from visual features for pooling" (Table 2).
 
-    Then a linear softmax [R11]. how: "max" or "avg". Arguments and results as DFAN's; every frame gets the same P.
+    Then a linear softmax [R11]. how: "max" or "avg". Arguments and results as DFAN's; each frame has the same P.
     """
 
     def __init__(self, how, d_action, d_scene, classes):
@@ -197,7 +197,7 @@ class Pooling(nn.Module):
     def forward(self, F_A, F_S, F_O, lengths=None):
         real, there = real_frames(F_A, lengths), objects_there(F_O)
         lengths = real.sum(1, keepdim=True).long()                                # (B,1)
-        middles = 2 * torch.arange(10, device=F_A.device) + 1                     # of ten equal parts, in twentieths
+        middles = 2 * torch.arange(10, device=F_A.device) + 1                     # of ten parts, in twentieths
         ten = middles * lengths // 20                                             # (B,10)
         FF = torch.cat([F_A, F_S], -1)
         FF = FF[torch.arange(len(FF), device=FF.device)[:, None], ten]            # (B,10,2413)
@@ -224,7 +224,7 @@ def vote(P, lengths):
     """
     emotions = []
     for P_video, n in zip(P, lengths):
-        last = P_video[max(0, n - LAST_FRAMES):n]                                 # (10,C), fewer in a short video
+        last = P_video[max(0, n - LAST_FRAMES):n]                                 # (10,C), or fewer
         counts = torch.bincount(last.argmax(-1), minlength=P.shape[-1])
         emotions.append(torch.where(counts == counts.max(), last.sum(0), -1).argmax())
     return torch.stack(emotions)
@@ -242,7 +242,7 @@ def make_splits(data, args):
     if args.dataset == "videoemotion" and not args.split:
         for seed in range(args.seed, args.seed + 10):
             with about(args.data, "each class needs three videos or more"):
-                draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)         # of each class [R12]
+                draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)    # of each class [R12]
                 splits += [tuple(v.tolist() for v in part) for part in draw.split(data.ids, data.labels)]
     for path, other in zip(args.split[::2], args.split[1::2]):
         splits.append((listed(path, data, args), listed(other, data, args)))
@@ -260,7 +260,7 @@ def make_splits(data, args):
 
 
 def make_batches(videos, lengths, args, rng=None):
-    """Lists of at most --batch videos of similar length, of at most PADDED_FRAMES frames; shuffled with an rng.
+    """Lists of at most --batch videos of similar length, and at most PADDED_FRAMES; shuffled with an rng.
 
     The rng also stretches each length by up to 15 %, so that batches differ from epoch to epoch.
     """
@@ -276,7 +276,7 @@ def make_batches(videos, lengths, args, rng=None):
 
 
 def load_batches(data, batches, args, standard, epoch=0):
-    """Yields F = (F_A, F_S, F_O), padded with zeros, lengths (B,), labels (B,) and the positions of each batch."""
+    """Yields F = (F_A, F_S, F_O), padded with zeros, lengths (B,), labels (B,), positions of each batch."""
     for batch in batches:
         videos = [as_inputs(data.load(i, epoch), args, standard) for i in batch]
         F = [nn.utils.rnn.pad_sequence(v, batch_first=True).to(args.device) for v in zip(*videos)]
@@ -297,7 +297,7 @@ def run(number, data, train, test, args):
     model = make_network(settings["shape"], len(data.classes), args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     path, history = resume(number, settings, args, model, optimizer)
-    labels = [data.labels[i] for i in test]
+    labels, outputs = [data.labels[i] for i in test], None
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, total, right = time.monotonic(), 0., 0
         model.train()
@@ -312,8 +312,9 @@ def run(number, data, train, test, args):
             total += loss.item() * len(batch)
             right += (vote(out["P"], lengths) == y).sum().item()
         if not np.isfinite(total):
-            raise InputError(f"run {number}: the loss is {total} in epoch {epoch}; lower --lr (it is {args.lr})")
-        emotions = [out["emotion"] for out in evaluate(model, data, test, args, standard)]
+            raise InputError(f"run {number}: the loss is {total} in epoch {epoch}; lower --lr ({args.lr})")
+        outputs = evaluate(model, data, test, args, standard)
+        emotions = [out["emotion"] for out in outputs]
         history.append(dict(loss=total / len(train), training_accuracy=right / len(train),
                             seconds=time.monotonic() - start, **scores(labels, emotions, data.classes)))
         say(epoch_line(number, history, args), every_rank=True)
@@ -322,14 +323,14 @@ def run(number, data, train, test, args):
         save(path, model=model.state_dict(), optimizer=optimizer.state_dict(), standard=standard, history=history,
              classes=data.classes, extraction=data.extraction, feats=args.data, settings=settings)
     best = max(range(args.epochs), key=lambda i: history[i]["accuracy"])
-    outputs = evaluate(model, data, test, args, standard)
+    outputs = outputs or evaluate(model, data, test, args, standard)          # finished before: read back
     return history[-1] | dict(best=(history[best]["accuracy"], best + 1), seed=seed, checkpoint=str(path),
                               attention=attention(outputs, args), **found_moments(data, test, outputs))
 
 
 @torch.no_grad()
 def evaluate(model, data, videos, args, standard):
-    """The network's outputs for each of the videos, numpy arrays without padding, and "emotion", the vote (int)."""
+    """The network's outputs for each video, numpy arrays without padding, and "emotion", the vote (int)."""
     model.eval()
     outputs = {}
     for F, lengths, _, batch in load_batches(data, make_batches(videos, data.lengths, args), args, standard):
@@ -340,7 +341,7 @@ def evaluate(model, data, videos, args, standard):
 
 
 def scores(labels, emotions, classes):
-    """Accuracy (4.1), macro accuracy (mean of the classes' own), confusion matrix with rows normalised (figure 3)."""
+    """Accuracy (4.1), macro accuracy (mean of the classes' own), confusion matrix, rows normalised (figure 3)."""
     confusion = confusion_matrix(labels, emotions, labels=range(len(classes)), normalize="true")
     return dict(accuracy=float(np.mean(np.equal(labels, emotions))), macro=float(confusion.diagonal().mean()),
                 confusion=confusion.tolist())
@@ -412,7 +413,7 @@ class Fast(DFAN):
 
 
 def lstm(gates, c):
-    """One step of nn.LSTMCell from its gates (B,4H), all products and biases added, and c (B,H): the new h and c."""
+    """One step of nn.LSTMCell from its gates (B,4H), products and biases added, and c (B,H): the new h and c."""
     i, f, g, o = gates.chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
@@ -447,7 +448,7 @@ def as_inputs(F, args, standard=None):
 
 
 def column_statistics(data, train, args):
-    """Mean and 1/deviation of each column of FF over the frames of the training videos, (2,D); 0 for a constant."""
+    """Mean and 1/deviation (0 for a constant) of FF's columns over the training videos' frames: (2,D)."""
     frames, total, squares, first = 0, 0., 0., None
     for i in train:
         FF = torch.cat(as_inputs(data.load(i, 0), args)[:2], -1).double()
@@ -481,7 +482,7 @@ class Features:
 
     Every file is checked once, here, and read again when a batch needs it. Raises InputError.
     """
-    segments = {}                                                     # {position: its emotional frames (T,) bool}
+    segments = {}                                        # {position: its emotional frames (T,) bool}
 
     def __init__(self, folder, names):
         found = [p for p in sorted(Path(folder).glob("*/*")) if "." not in (p.name[0], p.parent.name[0])]
@@ -515,7 +516,7 @@ class Features:
 
 
 class Planted:
-    """A built-in set on which both focuses are needed; the network's parts are known to be right if it is learnt.
+    """A built-in set on which both focuses are needed; the network's parts are right if it is learnt.
 
     T = 24 frames of K = 8 objects. In each video four snippets of two frames carry the action pattern of an
     emotion: one of the true emotion, three of others. Only in the true snippet is one object a confident "key"
@@ -541,7 +542,7 @@ class Planted:
         return {name: torch.tensor(v, dtype=torch.float32) for name, v in zip(FEATURES, self.draw(i, epoch))}
 
     def draw(self, i, epoch):
-        """One video: F_A, F_S, F_O, the true snippet's frames (T,) bool, the key object of each frame (T,)."""
+        """One video: F_A, F_S, F_O, the true snippet's frames (T,) bool, each frame's key object (T,)."""
         rng = np.random.default_rng([self.seed, 1, epoch if i < self.TRAIN else 0, i])
         T, K = self.T, self.K
         F_A, F_S = rng.standard_normal((T, 32)), rng.standard_normal((T, 8))
@@ -577,7 +578,7 @@ def read_list(path, ids):
     found, missing = [], []
     with about(path, "it is a split list in UTF-8; name others with --split TRAIN TEST"):
         for line in filter(None, map(str.strip, Path(path).read_text(encoding="utf-8-sig").split("\n"))):
-            names = [same(name) for name in (line, re.sub(r"\s+\d+$", "", line))]       # with and without a label
+            names = [same(name) for name in (line, re.sub(r"\s+\d+$", "", line))]   # and without a label
             hits = next((known[n] for n in (*names, *(suffix.sub("", n) for n in names)) if n in known), [])
             assert len(hits) < 2, f"{' and '.join(ids[i] for i in hits)} are both called {names[1]}; write class/name"
             found += hits
@@ -587,7 +588,7 @@ def read_list(path, ids):
 
 
 def listed(path, data, args):
-    """The positions of a list's videos. Raises InputError if some have no features, unless --allow-missing."""
+    """The positions of a list's videos. InputError if some have no features, unless --allow-missing."""
     found, missing = read_list(path, data.ids)
     line = (f"{path}: {len(missing)} of {len(found) + len(missing)} listed videos have no features in {args.data}: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} (known is, for instance, {data.ids[0]})")
@@ -628,7 +629,7 @@ def say(line, every_rank=False):
 
 
 def write_whole(path, content):
-    """Writes bytes beside their place, then renames: an interruption leaves the old file whole. Raises InputError."""
+    """Writes bytes beside their place, then renames: the old file or the new one, whole. Raises InputError."""
     part = path.parent / f".{secrets.token_hex(8)}.part"
     with about(path, "make room, or choose another folder; finished files are kept"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -806,7 +807,7 @@ def limit_of(m, n):
 
 
 def attention(outputs, args):
-    """{"frame", "object": (the most attended in times uniform, its limit, max/min)}, medians over the videos."""
+    """{"frame", "object": (the most attended in times uniform, its limit, max/min)}, medians over videos."""
     spread = lambda A: (A.max() * len(A), limit_of(1, len(A)) * len(A), A.max() / A.min())
     objects = [[spread(A[A > 0]) for A in out["A_o"] if (A > 0).sum() > 1] for out in outputs]
     rows = dict(frame=[spread(out["A_T"]) for out in outputs if out["A_T"].min() > 0],
@@ -854,7 +855,7 @@ def read_segments(path, data):
             bad += 60 * a + b > 60 * c + d
             unknown += i is None
             if i is not None and 60 * a + b <= 60 * c + d:
-                seconds = read_features(data.paths[i], data.names)[1]["seconds"]
+                seconds = read_features(data.paths[i], ())[1]["seconds"]
                 inside = (60 * a + b <= seconds) & (seconds <= 60 * c + d)
                 data.segments[i] = inside | data.segments.get(i, False)
         assert data.segments, f"no segment of any of these videos; they are named as {data.ids[0]}.mp4"
@@ -880,15 +881,18 @@ def find_video(folder, identity):
 
 
 def video_frames(path, numbers):
-    """The decoded frames (H,W,3), BGR, of these numbers, rising; after a damaged packet the next one goes on."""
+    """The decoded frames (H,W,3), BGR, of these numbers, rising; a damaged packet is passed over."""
     os.environ.setdefault("OPENCV_FFMPEG_READ_ATTEMPTS", "1000000")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     with about(path, "is it the video that was extracted?"):
         import cv2
         video, frames, number, failed = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG), [], 0, 0
         while len(frames) < len(numbers) and failed < 200:
-            if video.grab():
-                frames += [video.retrieve()[1]] if number == numbers[len(frames)] else []
+            ok, wanted = video.grab(), number == numbers[len(frames)]
+            if ok and wanted:
+                ok, frame = video.retrieve()
+            if ok:
+                frames += [frame] if wanted else []
                 number, failed = number + 1, 0
             else:
                 failed += 1
@@ -907,7 +911,7 @@ def strongest(A_o, F_o, names, count=3):
 
 
 def draw(path, title, out, F_O, numbers, seconds, unit, video, classes, inside=None):
-    """Figure 4: the most attended frame of each quarter with its three most attended boxes, A_T, and P over time.
+    """Figure 4: the most attended frame of each quarter with its three most attended boxes, A_T and P over time.
 
     A box is grey at uniform attention and full green at the limit of the tanh. seconds (T,), in `unit`; inside (T,)
     bool or None: shaded frames; video: its path, or None for grey frames. Writes a PNG. Raises InputError.
@@ -985,7 +989,7 @@ def draw_first_videos(data, test, args, checkpoint):
         out, = evaluate(model, data, [i], settings, saved["standard"])
         numbers = seconds = np.arange(data.lengths[i])
         if args.data:
-            other = read_features(data.paths[i], data.names)[1]
+            other = read_features(data.paths[i], ())[1]
             numbers, seconds = other["frames"], other["seconds"]
         path = Path(args.out, f"figure4-{data.ids[i].replace('/', '-')}.png")
         title = "  ".join([f"{data.ids[i]}: predicted {data.classes[out['emotion']]}", *MARKS,
@@ -1004,9 +1008,12 @@ def restore(saved, args):
     return model.eval(), settings
 
 
-def predict(source, args):
-    """One video or .npz: its emotion, the most attended moments, and name.json, name.png in --out. Raises InputError."""
-    saved, path, video = load_checkpoint(args.checkpoint), Path(source), None
+def predict(source, saved, args):
+    """One video or .npz, by the network of a checkpoint: prints its emotion and the most attended moments.
+
+    name.json and name.png go into --out. Raises InputError.
+    """
+    path, video = Path(source), None
     with about(args.checkpoint, "train again"):
         model, settings = restore(saved, args)
     if path.is_dir():
@@ -1080,20 +1087,20 @@ def parse_args(argv=None):
     add("--segments", metavar="CSV", help="annotated emotional segments: does A_T find them?")
     add("--raw", action="store_true", help="features as they are, not standardised")
     add("--features", default=",".join(FEATURES), metavar="NAME,...", help="arrays of the .npz (table 1), or your own (T,D)")
-    add("--fusion", choices=("dual", "time", "avg", "max"), help="table 2 (default: dual; time without objects)")
+    add("--fusion", choices=("dual", "time", "avg", "max"), help="table 2 (default: dual, time without objects)")
     add("--objects", type=int, metavar="K", help="objects a frame (3.2.1, figure 2; default: all)")
     add("--beta", type=float, default=BETA, help=f"of (10), in [0, 1] (default: {BETA})")
-    add("--literal", action="store_true", help="run the equations as printed (slow; the same results to rounding)")
+    add("--literal", action="store_true", help="run the equations as printed (slow; same results to rounding)")
     for name, (default, planted, what) in NOT_IN_THE_PAPER.items():
         add(f"--{name}", type=type(default), metavar="N", help=f"{what} (default: {default}; planted set: {planted})")
     add("--runs", type=int, metavar="N", help="runs of different seeds with one split (default: 1; --reproduce on the "
         "planted set: 5)")
     add("--seed", type=int, default=0, help="of run 0; run i uses seed + i (default: 0)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--out", metavar="DIR", help="checkpoints, results, pictures (default: out; planted set: out/planted)")
-    add("--reproduce", choices=(*ROWS, "all"), help="a table or figure of section 4, beside the paper's numbers")
+    add("--out", metavar="DIR", help="checkpoints, results, pictures (default: out; planted: out/planted)")
+    add("--reproduce", choices=(*ROWS, "all"), help="a table or figure of section 4, beside the paper's")
     add("--videos", metavar="DIR", help="folder that was extracted, for the frames of figure 4")
-    add("--predict", nargs="+", metavar="FILE", help="videos or .npz: emotion, moments, objects, picture, JSON")
+    add("--predict", nargs="+", metavar="FILE", help="videos or .npz: emotion, moments, picture, JSON")
     add("--checkpoint", metavar="FILE", help="the network of --predict: out/run0.pt")
     args = parser.parse_args(argv)
     for name, (default, planted, _) in NOT_IN_THE_PAPER.items():
@@ -1144,10 +1151,10 @@ def main(argv=None):
         twice = next((s for s in stems if stems.count(s) > 1), None)
         if twice:
             raise InputError(f"{twice}: the name of two files; predict them into two --out folders")
-        status = 0
+        saved, status = load_checkpoint(args.checkpoint), 0
         for source in args.predict:
             try:
-                predict(source, args)
+                predict(source, saved, args)
             except InputError as failure:
                 print(f"dfan.py: {failure}", file=sys.stderr, flush=True)
                 status = 2
@@ -1186,19 +1193,19 @@ def ranks():
 
 
 def gather(value):
-    """[value of each of torchrun's processes], [value] without torchrun. Raises InputError if another has ended."""
+    """[value of each of torchrun's processes], or [value]. Raises InputError if another has ended."""
     if ranks()[1] == 1:
         return [value]
     with about("torchrun", "another of its processes has ended: its line says why"):
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))    # a run may take long
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))    # runs are long
         values = [None] * ranks()[1]
         torch.distributed.all_gather_object(values, value)
     return values
 
 
 def command(main):
-    """Runs a script's main(): exits with its status; a user's failure becomes one line and status 2, no traceback."""
+    """Runs a script's main(), exits with its status; a user's failure becomes one line and status 2."""
     script, status = Path(sys.argv[0]).name, 2
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")                 # names that a terminal cannot show

@@ -597,9 +597,13 @@ def test_videoemotion_draws_ten_splits(tmp_path, capsys):
 # The same command goes on; results
 # ------------------------------------------------------------------------------------------------------
 
-def shell(*argv, status=0):
-    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True)
+TWO = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+
+
+def shell(*argv, status=0, torchrun=(), **env):
+    done = subprocess.run([sys.executable, *torchrun, *map(str, argv)], capture_output=True, text=True, env=os.environ | env)
     assert done.returncode == status, done.stdout + done.stderr
+    assert torchrun or "Traceback" not in done.stderr                 # torchrun's report has its own
     return done
 
 
@@ -644,15 +648,14 @@ def test_killed_training_goes_on_to_the_same_numbers(tmp_path):
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     argv = [HERE / "dfan.py", "--data", write_feats(tmp_path / "f", n=6), "--dataset", "videoemotion", "--hidden", 4,
             "--epochs", 2, "--device", "cpu", "--out"]
-    two = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-    alone, spread = (shell(*start, *argv, tmp_path / out).stdout.splitlines()
-                     for start, out in (((), "alone"), (two, "spread")))
+    alone, spread = (shell(*argv, tmp_path / out, torchrun=start).stdout.splitlines()
+                     for start, out in (((), "alone"), (TWO, "spread")))
     results = [[line for line in lines if line.startswith("result")] for lines in (alone, spread)]
     assert len(results[0]) == 12 and results[0] == results[1]
     for n in range(10):
         assert same_run(*(torch.load(tmp_path / out / f"run{n}.pt", weights_only=True) for out in ("alone", "spread")))
     (tmp_path / "spread/run1.pt").write_bytes(b"damaged")
-    report = shell(*two, *argv, tmp_path / "spread", status=1).stderr
+    report = shell(*argv, tmp_path / "spread", status=1, torchrun=TWO).stderr
     assert f"dfan.py: {tmp_path / 'spread/run1.pt'}" in report[report.index("dfan.py FAILED"):], report
 
 
@@ -895,15 +898,6 @@ SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"
 TRY = ["--random-weights", "--detector", SMALL, "--device", "cpu"]
 
 
-def script(*argv, cwd=None, env=None, check=None):
-    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=cwd,
-                          env=os.environ | (env or {}))
-    if check is not None:
-        assert done.returncode == check, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-    return done
-
-
 def texture(h=96, w=128, seed=0):
     noise = np.random.default_rng(seed).integers(0, 256, (max(1, h // 4), max(1, w // 2), 3), np.uint8)
     return cv2.resize(noise, (2 * w, h), interpolation=cv2.INTER_CUBIC)
@@ -1103,7 +1097,7 @@ def extracted(tmp_path_factory):
         write_video(folder / "v" / ("anger", "joy")[i % 2] / f"clip[{i}].v1.mp4", 10 + 9 * i, seed=i)
     (folder / "v/trainlist01.txt").write_text("".join(f"{('anger', 'joy')[i % 2]}/clip[{i}].v1 1\n" for i in range(4)))
     (folder / "v/testlist01.txt").write_text("".join(f"{('anger', 'joy')[i % 2]}/clip[{i}].v1 1\n" for i in (4, 5)))
-    done = script(HERE / "extract_features.py", folder / "v", folder / "f", *TRY, check=0)
+    done = shell(HERE / "extract_features.py", folder / "v", folder / "f", *TRY, status=0)
     return folder, done.stdout
 
 
@@ -1117,8 +1111,8 @@ def test_from_videos_to_accuracy(extracted, tmp_path):
         seconds=((T,), "f"), fps=((), "f"), warning=((), "U"), video_bytes=((), "i"), settings=((), "U"))
     scores = f["objects"][..., :80].max(-1)
     assert (np.diff(scores, axis=1) <= 2e-3).all() and scores[:, 0].min() > 0, "the most probable first"
-    trained = script(HERE / "dfan.py", "--data", folder / "f", "--epochs", "2", "--hidden", "8", "--out", tmp_path,
-                    "--device", "cpu", check=0).stdout
+    trained = shell(HERE / "dfan.py", "--data", folder / "f", "--epochs", "2", "--hidden", "8", "--out", tmp_path,
+                    "--device", "cpu", status=0).stdout
     assert "RANDOM" in trained and "training 4: anger 2, joy 2" in trained and "result   run 0" in trained
 
 
@@ -1148,7 +1142,7 @@ def test_broken_videos_are_listed_and_the_rest_goes_on(tmp_path):
     (tmp_path / "v/joy/._good.mp4").write_bytes(b"not looked at")
     cut = write_video(tmp_path / "v/joy/tail.avi", 80, 240, 320, codec="MJPG")
     cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
-    done = script(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", *TRY, "--no-flow", check=1)
+    done = shell(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", *TRY, "--no-flow", status=1)
     assert sorted(p.name for p in (tmp_path / "f/joy").iterdir()) == ["good.npz", "tail.npz"]
     failed = sorted({line for line in done.stdout.splitlines() if line.startswith("FAILED")})
     assert [Path(line.split(": ")[0]).name for line in failed] == ["empty.mp4", "garbage.mp4", "no_index.mp4"]
@@ -1181,9 +1175,9 @@ def test_extraction_input_errors(tmp_path):
     (tmp_path / "v/joy/a.avi").rename(tmp_path / "v/a.avi")
     assert "give the folder above" in error(tmp_path / "v")
     (tmp_path / "v/a.avi").unlink()
-    done = script(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", "--weights", tmp_path, check=2,
-                 env=dict(TORCH_HOME=str(tmp_path / "cache"), http_proxy="http://127.0.0.1:9",
-                          https_proxy="http://127.0.0.1:9"))
+    done = shell(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", "--weights", tmp_path, status=2,
+                 TORCH_HOME=str(tmp_path / "cache"), http_proxy="http://127.0.0.1:9",
+                 https_proxy="http://127.0.0.1:9")
     last = done.stderr.strip().splitlines()[-1]
     assert "2692d16c.pth" in last and "https://download.openmmlab.com" in last and "--weights DIR" in last
 
@@ -1219,14 +1213,14 @@ def test_full_disk(extracted, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("no right to mount a small disk")
     try:
-        done = script(HERE / "extract_features.py", folder / "v", disk / "f", *TRY, check=2)
+        done = shell(HERE / "extract_features.py", folder / "v", disk / "f", *TRY, status=2)
         assert len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr and ".npz" in done.stderr
         made = sorted((disk / "f").glob("*/*.npz"))
         assert 1 <= len(made) < 6 and not list(disk.rglob(".*.part"))
         assert all(p.read_bytes() == (folder / "f" / p.relative_to(disk / "f")).read_bytes() for p in made)
         shutil.rmtree(disk / "f")
-        done = script(HERE / "dfan.py", "--data", folder / "f", "--hidden", "8", "--out", disk / "o", "--epochs", "1",
-                     check=2)
+        done = shell(HERE / "dfan.py", "--data", folder / "f", "--hidden", "8", "--out", disk / "o", "--epochs", "1",
+                     status=2)
         assert len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr
         assert not [p for p in disk.rglob("*") if p.is_file()]
     finally:
@@ -1248,9 +1242,8 @@ def test_torchrun_shares_the_videos_out(extracted, tmp_path):
     folder, _ = extracted
     shutil.copytree(folder / "v", tmp_path / "v")
     (tmp_path / "v/anger/a-broken.mp4").write_bytes(b"no video")
-    done = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "extract_features.py",
-                 tmp_path / "v", tmp_path / "f", *TRY)
-    assert done.returncode == 1 and done.stdout.count("FAILED") == 2, done.stdout + done.stderr
+    done = shell(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", *TRY, status=1, torchrun=TWO)
+    assert done.stdout.count("FAILED") == 2, done.stdout + done.stderr
     assert_same_files(folder / "f", tmp_path / "f")
 
 
@@ -1333,7 +1326,7 @@ def test_odd_videos(tmp_path):
     os.mkfifo(joy / "pipe.mp4")
     with open(os.fsencode(joy) + b"/\xff.mp4", "wb") as f:             # OpenCV 5.0 crashes on such a name
         f.write(base)
-    done = script(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", *TRY, "--no-flow", "--every", "20", check=1)
+    done = shell(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", *TRY, "--no-flow", "--every", "20", status=1)
     failed = {line.split(".mp4: ")[0].split("/")[-1] for line in done.stdout.splitlines() if line.startswith("FAILED")}
     assert failed == {*broken, "dangling", "pipe", "\\udcff"}
     made = {p.name for p in (tmp_path / "f/joy").iterdir()}
@@ -1400,17 +1393,17 @@ def test_finetuning_and_the_leak_guard(tmp_path, capsys, monkeypatch):
 
 def test_predict_a_video(extracted, tmp_path):
     folder, _ = extracted
-    script(HERE / "dfan.py", "--data", folder / "f", "--epochs", "1", "--hidden", "4", "--out", tmp_path / "o", check=0)
+    shell(HERE / "dfan.py", "--data", folder / "f", "--epochs", "1", "--hidden", "4", "--out", tmp_path / "o", status=0)
     clip = write_video(tmp_path / "my clip.mp4", 30, seed=9)
     ask = [HERE / "dfan.py", "--predict", clip, tmp_path / "none.mp4", "--checkpoint", tmp_path / "o/run0.pt",
            "--out", tmp_path / "p"]
-    done = script(*ask, check=2)
+    done = shell(*ask, status=2)
     assert "RANDOM WEIGHTS" in done.stdout and "none.mp4" in done.stderr.splitlines()[-1]
     found = json.loads((tmp_path / "p/my clip.json").read_text())
     assert found["seconds"] == pytest.approx([0, 8 / 24, 16 / 24, 1], abs=1e-3) and found["marks"] == ["RANDOM WEIGHTS"]
     assert cv2.imread(str(tmp_path / "p/my clip.png")).shape == (900, 1600, 3)
     other = write_video(tmp_path / "other/my clip.mp4", 50, seed=8)
-    done = script(*ask[:2], other, *ask[4:], check=2)
+    done = shell(*ask[:2], other, *ask[4:], status=2)
     assert "made from another video" in done.stderr, "nothing is written over another video's features"
 
 
@@ -1421,7 +1414,7 @@ def test_killed_extraction_goes_on_to_the_same_files(extracted, tmp_path):
         time.sleep(0.1)
     victim.kill()
     assert victim.wait() == -9
-    assert "finished before" in script(*argv, check=0).stdout
+    assert "finished before" in shell(*argv, status=0).stdout
     for path in (extracted[0] / "f").glob("*/*.npz"):
         assert path.read_bytes() == (tmp_path / "f" / path.parent.name / path.name).read_bytes()
 
