@@ -513,7 +513,7 @@ class Planted:
         F_A, F_S, F_O = rng.standard_normal((T, 32)), rng.standard_normal((T, 8)), np.zeros((T, K, 84))
         weak = -np.sort(-rng.uniform(0.05, 0.5, (T, K, 1)), 1)         # the most probable first, as in a file
         np.put_along_axis(F_O, rng.integers(0, 5, (T, K, 1)), weak, 2)
-        F_O[:, :, 80:] = rng.uniform(0, 1, (T, K, 4))
+        F_O[:, :, 80:] = np.sort(rng.uniform(0, 1, (T, K, 2, 2)), 2).reshape(T, K, 4)
         others = [c for c in rng.permutation(6) if c != self.labels[i]][:3]
         snippets = rng.permutation(T // 2)[:4]
         for snippet, emotion in zip(snippets, [self.labels[i], *others]):
@@ -847,7 +847,7 @@ def draw(path, title, found, video, inside):
         A_T, seconds = len(found["A_T"]) * np.array(found["A_T"]), np.array(found["seconds"])
         P, T = np.array(list(found["P"].values())), len(A_T)           # (C,T)
         best = [part[A_T[part].argmax()] for part in np.array_split(np.arange(T), min(4, T))]
-        grey = np.full((len(best), 216, 384, 3), 90, np.uint8)
+        grey = np.full((len(best), 270, 384, 3), 90, np.uint8)
         frames = video_frames(video, [found["frames"][t] for t in best]) if video else grey
         image, blue = np.full((900, 1600, 3), 255, np.uint8), (220, 90, 30)
 
@@ -905,7 +905,7 @@ def predict(source, saved, args):
             raise InputError(f"{source}: no features of it, see above")
         path, video = Path(args.out, f"{path.stem}.npz"), path
     elif path.suffix != ".npz" or not path.is_file():
-        raise InputError(f"{source}: neither a video ({' '.join(SUFFIXES)}) nor an .npz of extract_features.py"
+        raise InputError(f"{source}: not there, or neither a video ({' '.join(SUFFIXES)}) nor an .npz of extract_features.py"
                          + f", but a folder; give {source.rstrip('/')}/*.mp4" * path.is_dir())
     F, other = read_features(path, saved["settings"]["features"])
     if other["settings"] and extraction and other["settings"] != extraction:

@@ -39,9 +39,7 @@ HERE = Path(__file__).parent
 BETA = 0.6
 
 
-# ------------------------------------------------------------------------------------------------------
-# The paper, once more
-# ------------------------------------------------------------------------------------------------------
+# ---- The paper, once more ----
 
 def softmax(x):
     return np.exp(x) / np.exp(x).sum()
@@ -100,9 +98,7 @@ def oracle(net, F_A, F_S, F_O, training, o_focus=True):
     return dict(logits=logits, P=P, A_T=A_T, A_o=A_o)
 
 
-# ------------------------------------------------------------------------------------------------------
-# The network
-# ------------------------------------------------------------------------------------------------------
+# ---- The network ----
 
 NETWORKS = pytest.mark.parametrize("Network", [dfan.DFAN, dfan.Fast])
 MODES = pytest.mark.parametrize("training", [False, True])
@@ -193,21 +189,6 @@ def test_scrambler_only_in_training_and_beta_one_is_off(Network):
     assert torch.allclose(one, torch.ones_like(one)), "nothing to mix at the first frame"
 
 
-def test_gradients_against_finite_differences():
-    net = make_net(training=True)
-    *F, lengths = make_batch([5, 3])
-    value = lambda: dfan.loss_fn(net(*F, lengths)["logits"], torch.tensor([2, 0]), lengths)
-    value().backward()
-    for name, p in net.named_parameters():
-        flat, step = p.data.view(-1), 1e-6
-        for i in range(0, len(flat), max(1, len(flat) // 5)):
-            old, at = flat[i].item(), []
-            for flat[i] in (old + step, old - step):
-                at.append(value().item())
-            flat[i] = old
-            assert abs((at[0] - at[1]) / (2 * step) - p.grad.view(-1)[i].item()) < 1e-7, (name, i)
-
-
 @pytest.mark.parametrize("how, pool", [("max", np.max), ("avg", np.mean)])
 def test_pooling_takes_ten_uniform_frames(how, pool):
     net = dfan.Pooling(how, 7, 5, 3).double()
@@ -258,14 +239,13 @@ def test_vote():
 
 
 def test_scores():
-    got = dfan.scores([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 2], ["a", "b", "c"])
+    data, outputs = Namespace(labels=[0, 0, 0, 1, 1, 2], classes="abc"), [dict(emotion=e) for e in (0, 0, 1, 1, 0, 2)]
+    got = dfan.scores(data, range(6), outputs)
     assert got["accuracy"] == 4 / 6 and abs(got["macro"] - (2 / 3 + 1 / 2 + 1) / 3) < 1e-12
     assert np.allclose(got["confusion"], [[2 / 3, 1 / 3, 0], [1 / 2, 1 / 2, 0], [0, 0, 1]])
 
 
-# ------------------------------------------------------------------------------------------------------
-# The readings that were not taken: each is one line of DFAN.forward
-# ------------------------------------------------------------------------------------------------------
+# ---- The readings that were not taken: each is one line of DFAN.forward ----
 
 def with_line(old, new):
     """DFAN with one line of forward replaced; comments and indentation aside."""
@@ -316,13 +296,6 @@ def test_rejected_readings_run_and_differ(Reading):
     assert torch.equal(make_net(same, True)(*F, lengths)["A_T"], ours["A_T"]), "the replacement is all that differs"
 
 
-def test_loss_of_the_last_frame_differs():
-    logits, y, lengths = torch.randn(2, 5, 3), torch.tensor([2, 0]), torch.tensor([5, 2])
-    theirs = last_frame_loss(logits, y, lengths)
-    assert torch.isclose(theirs, nn.functional.cross_entropy(logits[[0, 1], [4, 1]], y))
-    assert (theirs - dfan.loss_fn(logits, y, lengths)).abs() > 1e-3
-
-
 def readings():
     """Trains our reading and each of the others on the planted set, three seeds each, and prints a table."""
     kept = dfan.Fast, dfan.loss_fn
@@ -335,16 +308,14 @@ def readings():
             with contextlib.redirect_stdout(io.StringIO()):
                 dfan.main(["--runs", "3", "--out", out])
             found = json.loads(Path(out, "results.json").read_text())
-        frames, boxes = np.mean([r["planted"] for r in found["runs"]], 0)
+        frames, boxes = (np.mean([r["attention"][f"planted {v}"]["share"] for r in found["runs"]]) for v in ("frames", "object"))
         accuracy = f"{found['accuracy']['mean']:.3f} ± {found['accuracy']['std']:.3f}"
         print(f"{name:<32}{accuracy:>18}{frames:>16.3f}{boxes:>16.3f}", flush=True)
     dfan.Fast, dfan.loss_fn = kept
     print(f"{'uniform':<50}{2 / 24:>16.3f}{1 / 8:>16.3f}\n{'limit':<50}{dfan.limit_of(2, 24):>16.3f}{dfan.limit_of(1, 8):>16.3f}")
 
 
-# ------------------------------------------------------------------------------------------------------
-# Features: standardised by the training videos, chosen, damaged
-# ------------------------------------------------------------------------------------------------------
+# ---- Features: standardised by the training videos, chosen, damaged ----
 
 def write_feats(folder, classes=("anger", "joy"), n=4, K=3, d_object=6, **settings):
     """Small feature files whose action feature carries the class; lists of even and odd videos beside them."""
@@ -414,9 +385,9 @@ def test_constant_columns_stay_zero(tmp_path):
     args = dfan.parse_args(["--data", str(feats)])
     data = dfan.Features(feats, args.features)
     standard = dfan.column_statistics(data, [0, 2, 4, 6], args)
-    for i in range(8):
-        F_A, F_S, F_O = dfan.as_inputs(data.load(i, 0), args, standard)
-        assert (F_A[:, 2] == 0).all() and (F_A[:, 1] != 0).any() and torch.equal(F_O, data.load(i, 0)["objects"])
+    for F, _ in map(data.load, range(8)):
+        F_A, F_S, F_O = dfan.as_inputs(F, args.features, args.objects, standard)
+        assert (F_A[:, 2] == 0).all() and (F_A[:, 1] != 0).any() and torch.equal(F_O, F["objects"])
 
 
 def test_raw_leaves_the_features_as_they_are(tmp_path):
@@ -424,8 +395,8 @@ def test_raw_leaves_the_features_as_they_are(tmp_path):
     raw, ours = (train("--data", feats, "--out", tmp_path / n, *v) for n, v in (("a", ["--raw"]), ("b", [])))
     assert raw["standard"] is None and ours["standard"] is not None and not same_run(raw, ours)
     args = dfan.parse_args(["--data", str(feats), "--raw"])
-    F = dfan.Features(feats, args.features).load(0, 0)
-    assert torch.equal(dfan.as_inputs(F, args, None)[0], F["action"])
+    F, _ = dfan.Features(feats, args.features).load(0)
+    assert torch.equal(dfan.as_inputs(F, args.features, None)[0], F["action"])
 
 
 def test_objects_alone_learn_where_the_mean_object_decides(tmp_path):
@@ -437,21 +408,6 @@ def test_objects_alone_learn_where_the_mean_object_decides(tmp_path):
     common = "--data", feats, "--features", "objects", "--epochs", 12, "--lr", 0.02, "--hidden", 8
     ours, raw = (train(*common, *v, "--out", tmp_path / n)["history"][-1] for n, v in (("a", []), ("b", ["--raw"])))
     assert ours["accuracy"] >= 0.9 and ours["loss"] < 0.3 < 0.5 < raw["loss"]
-
-
-def test_choice_of_features():
-    F = dict(action=torch.rand(6, 7), scene=torch.rand(6, 5), objects=torch.rand(6, 4, 8), audio=torch.rand(6, 3))
-    F["objects"][0, 3] = F["objects"][1] = 0
-    pick = lambda *names, K=None: dfan.as_inputs({n: F[n] for n in names}, Namespace(features=names, objects=K))
-    F_A, F_S, F_O = pick("action", "scene", "objects", K=2)
-    assert torch.equal(torch.cat([F_A, F_S], -1), torch.cat([F["action"], F["scene"]], -1))
-    assert torch.equal(F_O, F["objects"][:, :2]), "the first K are the top K"
-    FF = torch.cat(pick("action", "scene", "objects", "audio")[:2], -1)
-    assert torch.equal(FF, torch.cat([F["action"], F["scene"], F["audio"]], -1))
-    F_A, F_S, F_O = pick("objects")                                                # FF := F_O_bar [R10]
-    assert torch.allclose(F_A[0], F["objects"][0, :3].mean(0)) and torch.allclose(F_A[2], F["objects"][2].mean(0))
-    assert (F_A[1] == 0).all() and F_S.shape == (6, 0)
-    assert pick("scene")[2].shape == (6, 0, 0)
 
 
 @pytest.mark.parametrize("argv, LSTM_T", [
@@ -470,7 +426,7 @@ def test_bad_features_name_the_file(tmp_path):
     error = lambda: error_of("--data", feats, "--out", tmp_path / "o")
     for changed, word in ((dict(scene=F["scene"] * np.float16(np.nan)), "NaN"), (dict(scene=F["scene"][1:]), "frames"),
                           (dict(action=F["action"] + np.float16(np.inf)), "infinity"),
-                          (dict(action=F["action"][:, :3]), "widths"), (dict(action=F["action"][:, 0]), "shape"),
+                          (dict(action=F["action"][:, :3]), "other action"), (dict(action=F["action"][:, 0]), "shape"),
                           (dict(settings=json.dumps(dict(every=4))), "every")):
         change(bad, **changed)
         assert word in (e := error()) and str(bad) in e, word
@@ -500,14 +456,6 @@ def test_nothing_in_a_file_runs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_data_that_is_a_folder_of_videos_says_the_command(tmp_path):
-    (tmp_path / "v/joy").mkdir(parents=True)
-    assert "extract_features.py" in error_of("--data", tmp_path / "v", "--out", tmp_path / "o")
-    (tmp_path / "v/joy/clip.mp4").touch()
-    e = error_of("--data", tmp_path / "v", "--out", tmp_path / "o")
-    assert f"python extract_features.py {tmp_path / 'v'}" in e
-
-
 def test_batches_cover_and_are_bounded(monkeypatch):
     monkeypatch.setattr(dfan, "PADDED_FRAMES", 9000)
     lengths = [int(v) + 1 for v in np.random.default_rng(0).lognormal(5.7, 0.75, 500)]
@@ -519,9 +467,7 @@ def test_batches_cover_and_are_bounded(monkeypatch):
     assert sum(len(b) * max(lengths[i] for i in b) for b in batches) < 1.15 * sum(lengths), "little is padding"
 
 
-# ------------------------------------------------------------------------------------------------------
-# Split lists and protocols
-# ------------------------------------------------------------------------------------------------------
+# ---- Split lists and protocols ----
 
 LISTS = {
     "labels from 1": "anger/a 1\njoy/b 2\n", "labels from 0": "anger/a 0\njoy/b 1\n", "no label": "anger/a\njoy/b\n",
@@ -585,7 +531,7 @@ def test_videoemotion_draws_ten_splits(tmp_path, capsys):
     splits = dfan.make_splits(data, args)
     assert len(splits) == 10 and len({tuple(sorted(train)) for train, _ in splits}) == 10
     for training, test in splits:
-        assert sorted(training + test) == list(range(27))
+        assert sorted([*training, *test]) == list(range(27))
         assert np.bincount([data.labels[i] for i in training]).tolist() == [6, 6, 6]
     printed = capsys.readouterr().out
     assert printed.count("training 18: Anger 6, Fear 6, Joy 6") == printed.count("validation 9: Anger 3, Fear 3, Joy 3") == 10
@@ -593,9 +539,7 @@ def test_videoemotion_draws_ten_splits(tmp_path, capsys):
     assert "three videos" in error_of("--data", few, "--dataset", "videoemotion", "--out", tmp_path / "o")
 
 
-# ------------------------------------------------------------------------------------------------------
-# The same command goes on; results
-# ------------------------------------------------------------------------------------------------------
+# ---- The same command goes on; results ----
 
 TWO = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
 
@@ -664,7 +608,7 @@ def test_results_and_last_epoch(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dfan, "scores", lambda *a: scores(*a) | dict(accuracy=next(accuracies)))
     train("--data", write_feats(tmp_path / "f"), "--epochs", 3, "--runs", 2, "--out", tmp_path / "o")
     printed = capsys.readouterr().out
-    assert re.search(r"result +run 0 .*accuracy 0\.4000 .*best epoch 2: 0\.9000", printed)
+    assert re.search(r"result +run 0 .*accuracy 0\.4000 .*last epoch", printed)
     found = json.loads((tmp_path / "o/results.json").read_text())
     assert found["accuracy"] == dict(mean=0.4, std=0) and [r["accuracy"] for r in found["runs"]] == [0.4, 0.4]
     assert found["macro"]["mean"] == np.mean([r["macro"] for r in found["runs"]])
@@ -725,10 +669,11 @@ def test_localisation_measures():
     segments = {i: np.array(v, bool) for i, v in segments.items()}
     rng = np.random.default_rng(0)
     A = {i: rng.dirichlet(np.ones(len(v))) for i, v in segments.items()} | {9: np.ones(7) / 7}
-    found = dfan.found_moments(Namespace(segments=segments), list(A), [dict(A_T=a) for a in A.values()])["moments"]
+    outputs = [dict(A_T=a, A_o=np.ones((len(a), 1))) for a in A.values()]
+    found = dfan.attention(Namespace(segments=segments), list(A), outputs)
     both = [(A[i], segments[i]) for i in (3, 5)]                # in the others there is nothing to find
     expected = [[average_precision(inside, a), a[inside].sum(), inside[a.argmax()]] for a, inside in both]
-    got = np.array([found[name] for name in dfan.MEASURES])
+    got = np.array([list(found[f"on the segments, {name}"].values()) for name in ("average precision", "share", "hit rate")])
     assert np.allclose(got[:, 0], np.mean(expected, 0)) and np.allclose(got[:, 1], (2 / 5 + 1 / 4) / 2)
     assert got[2, 2] == 0.5, "the centre prior finds the middle frame of the first"
 
@@ -746,9 +691,9 @@ def test_segments_file(tmp_path, capsys):
     for name, ranges in (("anger/anger_1", ((58, 59), (60, 61))), ("joy/joy_1", ((59, 60),))):
         seconds = np.load(feats / f"{name}.npz")["seconds"]
         assert inside.pop(name) == [any(a <= s <= b for a, b in ranges) for s in seconds]
-    assert not inside and "2 cells" in (out := capsys.readouterr().out) and "1 of other videos" in out
+    assert not inside and "3 cells" in capsys.readouterr().out
     train("--data", feats, "--segments", tmp_path / "s.csv", "--out", tmp_path / "o")
-    assert capsys.readouterr().out.count("localisation") == 3
+    assert capsys.readouterr().out.count("on the segments") == 3
     (tmp_path / "bad.csv").write_text("name,from,to\n")
     assert "bad.csv" in error_of("--data", feats, "--segments", tmp_path / "bad.csv", "--out", tmp_path / "p")
 
@@ -756,22 +701,19 @@ def test_segments_file(tmp_path, capsys):
 def test_attention_lines(capsys):
     videos = [dict(A_T=np.array(a), A_o=np.array([[0.5, 0.25, 0.25, 0], [0, 0, 0, 0], [1, 0, 0, 0]]))
               for a in ([0.25, 0.25, 0.5], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8])]
-    found = dfan.attention(videos, Namespace(fusion="dual"))
-    assert np.allclose([found["frame"][0], found["frame"][2]], [1.8, 3])
-    assert np.allclose(found["object"], [1.5, 3 * np.e / (np.e + 2 / np.e), 2])
-    assert "object" not in dfan.attention(videos, Namespace(fusion="time"))
+    found = dfan.attention(Namespace(segments={}), range(3), videos)
+    frame, boxes = found["most attended frame"], found["most attended object"]
+    assert np.allclose([frame["times uniform"], frame["max/min"]], [1.8, 3])
+    assert np.allclose(list(boxes.values()), [1.5, 3 * np.e / (np.e + 2 / np.e), 2])
     data = Namespace(classes=["a", "b"], labels=[0, 1])
     for spread, flat in ((1.29, True), (1.31, False)):
-        found["frame"][2] = spread
-        result = dict(seed=0, accuracy=1., macro=1., best=(1., 1), confusion=[[1, 0], [0, 1]], attention=found)
-        dfan.report([result], data, [([], [0, 1])])
+        frame["max/min"] = spread
+        dfan.report([dict(seed=0, accuracy=1., macro=1., confusion=[[1, 0], [0, 1]], attention=found)], data, [([], [0, 1])])
         line = next(v for v in capsys.readouterr().out.splitlines() if "most attended frame" in v)
-        assert "1.80 times uniform" in line and ("nearly uniform" in line) == flat
+        assert "times uniform 1.800" in line and ("nearly uniform" in line) == flat
 
 
-# ------------------------------------------------------------------------------------------------------
-# A video of one's own
-# ------------------------------------------------------------------------------------------------------
+# ---- A video of one's own ----
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -782,16 +724,19 @@ def trained(tmp_path_factory):
 
 
 def predicted(capsys, *argv):
-    status = dfan.main(["--device", "cpu", "--predict", *map(str, argv)])
-    return status, capsys.readouterr()
+    try:
+        status, error = dfan.main(["--device", "cpu", "--predict", *map(str, argv)]), ""
+    except dfan.InputError as failure:
+        status, error = 2, str(failure)
+    return status, capsys.readouterr().out, error
 
 
 def test_predict_says_what_when_and_where(trained, tmp_path, capsys):
     feats, checkpoint = trained
     source, T = feats / "joy/joy_1.npz", len(np.load(feats / "joy/joy_1.npz")["action"])
-    status, printed = predicted(capsys, source, "--checkpoint", checkpoint, "--out", tmp_path)
+    status, printed, _ = predicted(capsys, source, "--checkpoint", checkpoint, "--out", tmp_path)
     found, saved, F = json.loads((tmp_path / "joy_1.json").read_text()), torch.load(checkpoint, weights_only=True), np.load(source)
-    assert status == 0 and f"{source}: {found['emotion']}" in printed.out and "times uniform" in printed.out
+    assert status == 0 and f"{source}: {found['emotion']}" in printed and "times uniform" in printed
 
     FF = np.concatenate([np.concatenate([f["action"], f["scene"]], 1).astype(float) for f in (     # by hand
         np.load(feats / f"{c}/{c}_{i}.npz") for c in ("anger", "joy") for i in (0, 2))])
@@ -810,7 +755,7 @@ def test_predict_says_what_when_and_where(trained, tmp_path, capsys):
     k = out["A_o"][t].argmax()
     assert first["seconds"] == F["seconds"][t] and first["frame"] == 8 * t
     assert np.isclose(first["times_uniform"], out["A_T"][t] * T, atol=1e-4)
-    assert first["objects"][0]["name"] == dfan.coco_names()[F["objects"][t, k, :80].argmax()]
+    assert first["objects"][0]["name"] == extract.COCO_91[extract.COCO_80[F["objects"][t, k, :80].argmax()]]
     assert np.allclose(first["objects"][0]["box"], F["objects"][t, k, 80:]) and (tmp_path / "joy_1.png").stat().st_size > 1000
 
 
@@ -822,27 +767,25 @@ def test_predict_overwrites_nothing_given_and_refuses(trained, tmp_path, capsys)
     (tmp_path / "y.mp4").write_bytes(b"no video")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert predicted(capsys, tmp_path / "x.npz", *more)[0] == 0
-    for source, word in ((tmp_path / "y.png", ".npz"), (feats, f"{feats}/*.mp4"), (tmp_path / "none.npz", "No such file"),
-                         (tmp_path / "y.mp4", "give features")):
-        status, printed = predicted(capsys, source, *more)
-        assert status == 2 and printed.err.count("\n") == 1 and word in printed.err and f"dfan.py: {source}: " in printed.err
+    for source, word in ((tmp_path / "y.png", ".npz"), (feats, f"{feats}/*.mp4"), (tmp_path / "none.npz", "not there"),
+                         (tmp_path / "y.mp4", "give an .npz")):
+        status, _, error = predicted(capsys, source, *more)
+        assert status == 2 and word in error and error.startswith(f"{source}: "), error
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
     (tmp_path / "z").mkdir()
-    with pytest.raises(dfan.InputError, match="x: the name of two files"):
+    with pytest.raises(SystemExit, match="2"):
         predicted(capsys, tmp_path / "x.npz", tmp_path / "z/x.npz", *more)
     for changed, word in ((dict(settings=json.dumps(dict(every=4))), "not extracted as"), (dict(seconds=np.zeros(2)), "length"),
                           (dict(action=np.zeros((len(np.load(tmp_path / "x.npz")["scene"]), 3))), "trained on")):
         shutil.copy(feats / "joy/joy_1.npz", tmp_path / "x.npz")
         change(tmp_path / "x.npz", **changed)
-        status, printed = predicted(capsys, tmp_path / "x.npz", *more)
-        assert status == 2 and word in printed.err and "x.npz" in printed.err, printed.err
+        status, _, error = predicted(capsys, tmp_path / "x.npz", *more)
+        assert status == 2 and word in error and "x.npz" in error, error
     with pytest.raises(SystemExit, match="2"):
         predicted(capsys, tmp_path / "x.npz")
 
 
-# ------------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------------
+# ---- The command line ----
 
 def test_errors_are_one_line_and_status_2(tmp_path):
     feats = write_feats(tmp_path / "f")
@@ -854,13 +797,12 @@ def test_errors_are_one_line_and_status_2(tmp_path):
     assert "cuda:99" in error_of("--device", "cuda:99", "--out", tmp_path / "o")
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in error_of("--out", tmp_path / "file/o")
-    assert "--objects 9" in error_of("--data", feats, "--objects", 9, "--out", tmp_path / "o")
     assert "smell" in error_of("--data", feats, "--features", "action,smell", "--out", tmp_path / "o")
 
 
 @pytest.mark.parametrize("argv", ["--beta 2", "--lr nan", "--seed -1", "--epochs 0", "--objects 0", "--dataset videoemotion",
-                                  "--features audio", "--fusion dual --features action", "--checkpoint x", "--resume",
-                                  "--split a", "--runs 2 --data f --dataset videoemotion", "--epochs x"])
+                                  "--features audio", "--checkpoint x", "--resume",
+                                  "--split a", "--epochs x"])
 def test_wrong_options(argv, capsys, monkeypatch):
     monkeypatch.setattr(dfan, "Planted", None)                  # nothing is trained, even where this fails
     with pytest.raises(SystemExit) as stop:
@@ -873,26 +815,10 @@ def test_planted_command_twice(tmp_path):
     both = [subprocess.Popen([*argv, tmp_path / name], stdout=subprocess.PIPE, text=True) for name in "ab"]
     first, second = (re.sub(r"[\d.]+ s\b|\S*/[ab]/\S*", "", p.communicate()[0]) for p in both)
     assert [p.returncode for p in both] == [0, 0] and first == second
-    assert "SYNTHETIC" in first and "uniform 0.083, limit 0.402" in first and "uniform 0.125, limit 0.514" in first
+    assert "uniform 0.083  limit 0.402  SYNTHETIC" in first and "uniform 0.125  limit 0.514  SYNTHETIC" in first
 
 
-def test_planted_set_is_what_it_says():
-    data = dfan.Planted(3)
-    for i in (0, 7, 1200):
-        F_A, F_S, F_O, planted, key = data.draw(i, 4)
-        assert planted.sum() == 2 and np.diff(np.flatnonzero(planted)) == [1]
-        keys = F_O[:, :, 0] == 0.95
-        assert keys.sum() == 2 and all(keys[t, key[t]] for t in np.flatnonzero(planted))
-        assert (F_O[..., :80].max(-1)[~keys] <= 0.5).all() and (F_O[..., :80].max(-1) >= 0.05).all()
-        fits = (F_A @ data.patterns.T / (data.patterns ** 2).sum(1)).reshape(12, 2, 6).mean(1)
-        assert fits[np.flatnonzero(planted)[0] // 2].argmax() == data.labels[i]
-    assert not np.array_equal(data.draw(0, 1)[0], data.draw(0, 2)[0]), "training videos are drawn anew"
-    assert np.array_equal(data.draw(1200, 1)[0], data.draw(1200, 2)[0]), "validation videos are not"
-
-
-# ------------------------------------------------------------------------------------------------------
-# Extraction
-# ------------------------------------------------------------------------------------------------------
+# ---- Extraction ----
 
 SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"
 TRY = ["--random-weights", "--detector", SMALL, "--device", "cpu"]
@@ -947,27 +873,6 @@ def test_flow_is_of_the_five_pairs_around_the_frame(tmp_path):
         expected = [-4 if first + i == at else 0 for i in range(5)]
         assert np.abs(x - expected).max() < 0.7, (s["number"], x)
     assert [s["number"] for s in samples] == [0, 8, 16, 24]
-
-
-def test_flow_scale_and_short_videos(tmp_path):
-    for n, moving in ((1, False), (3, True), (6, True)):
-        flow = samples_of(write_video(tmp_path / f"{n}.mp4", n))[0][0]["flow"].astype(float)[60:160, 60:160]
-        expected = 127.5 + (-2 if moving else 0) * 255 / 40
-        assert np.abs(flow[..., ::2].mean((0, 1)) - expected).max() < 4, n
-        assert np.abs(flow[..., 1::2].mean((0, 1)) - 127.5).max() < 2, n
-
-    class Fast:                                                    # 30 pixels to the left, 10 down
-        def calc(self, a, b, _):
-            return np.full((*a.shape, 2), [-30, 10], np.float32)
-    fast = extract.flow_fields(Fast(), [np.zeros((64, 80), np.uint8)] * 6)
-    assert (fast[..., ::2] == 0).all() and (fast[..., 1::2] == round(30 * 255 / 40)).all(), "clipped at -20 pixels"
-
-
-def test_sizes_of_every_kind(tmp_path):
-    for h, w in ((16, 16), (2, 64), (64, 2), (17, 33), (600, 32), (340, 640)):
-        write_video(tmp_path / f"{h}x{w}.avi", 7, h, w, codec="FFV1")
-        samples, _ = samples_of(tmp_path / f"{h}x{w}.avi")
-        assert samples[0]["rgb"].shape == (224, 224, 3) and samples[0]["flow"].shape == (224, 224, 10)
 
 
 def test_detector_rows_are_the_models_own_detections():
@@ -1079,14 +984,6 @@ def test_weights_errors(tmp_path, published, monkeypatch):
         with pytest.raises(extract.InputError, match="not the weights of this network"):
             extract.main(argv)
     assert not list((tmp_path / "f").glob("*/*.npz"))
-
-
-def test_every_detector_builds_with_its_published_layout():
-    """Frozen batch norm has no counter, plain batch norm has one: the published files differ in that."""
-    for name in extract.DETECTORS:
-        keys = extract.build_detector(name).state_dict().keys()
-        assert any(k.endswith("num_batches_tracked") for k in keys) == name.endswith("_v2"), name
-    assert len(extract.COCO_80) == 80
 
 
 @pytest.fixture(scope="module")
@@ -1205,28 +1102,6 @@ def with_variable_frame_rate(content):
     return bytes(grown[:at]) + table + bytes(grown[at + size:])
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_full_disk(extracted, tmp_path):
-    folder, _ = extracted
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk")
-    try:
-        done = shell(HERE / "extract_features.py", folder / "v", disk / "f", *TRY, status=2)
-        assert len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr and ".npz" in done.stderr
-        made = sorted((disk / "f").glob("*/*.npz"))
-        assert 1 <= len(made) < 6 and not list(disk.rglob(".*.part"))
-        assert all(p.read_bytes() == (folder / "f" / p.relative_to(disk / "f")).read_bytes() for p in made)
-        shutil.rmtree(disk / "f")
-        done = shell(HERE / "dfan.py", "--data", folder / "f", "--hidden", "8", "--out", disk / "o", "--epochs", "1",
-                     status=2)
-        assert len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr
-        assert not [p for p in disk.rglob("*") if p.is_file()]
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
 def test_two_extractions_at_once(extracted, tmp_path):
     folder, _ = extracted
     for kind in "vf":
@@ -1238,25 +1113,10 @@ def test_two_extractions_at_once(extracted, tmp_path):
     assert_same_files(tmp_path / "whole", tmp_path / "f")
 
 
-def test_torchrun_shares_the_videos_out(extracted, tmp_path):
-    folder, _ = extracted
-    shutil.copytree(folder / "v", tmp_path / "v")
-    (tmp_path / "v/anger/a-broken.mp4").write_bytes(b"no video")
-    done = shell(HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", *TRY, status=1, torchrun=TWO)
-    assert done.stdout.count("FAILED") == 2, done.stdout + done.stderr
-    assert_same_files(folder / "f", tmp_path / "f")
-
-
-def assert_same_arrays(a, b):
-    a, b = (dict(np.load(path)) for path in (a, b))
-    assert a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in b)
-
-
 def assert_same_files(a, b):
     files = [{str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file() and p.suffix != ".part"}
              for f in (a, b)]
     assert files[0] and files[0] == files[1]
-
 
 
 def test_a_damaged_packet_does_not_end_the_video(tmp_path):
@@ -1419,9 +1279,7 @@ def test_killed_extraction_goes_on_to_the_same_files(extracted, tmp_path):
         assert path.read_bytes() == (tmp_path / "f" / path.parent.name / path.name).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------
-# python test_dfan.py --speed
-# ------------------------------------------------------------------------------------------------------
+# ---- python test_dfan.py --speed ----
 
 class TwoLayers(nn.Module):
     """What to compare with: nn.LSTM, two layers, on [F_A; F_S; mean object], and a linear layer."""
