@@ -669,8 +669,9 @@ def reproduce(data, splits, args):
                          f"{mean_std(macro)}  minus first row {mean_std(np.subtract(ours, first))}")
             if the_papers and paper:
                 lines[-1] += f"  {np.mean(ours) - paper[column]:+.2f} to the paper"
-            for name in [name for name in results[0]["attention"] if name.startswith("planted")]:
-                lines[-1] += f"  {name} {np.mean([r['attention'][name]['share'] for r in results]):.3f}"
+            for name, key in (("segments, share", "A_T"), ("planted object", "A_o")):
+                if name in results[0]["attention"]:
+                    lines[-1] += f"  {name} {np.mean([r['attention'][name][key] for r in results]):.3f}"
         say(f"{what}: accuracy in %, mean ± standard deviation, n = {len(results)}")
         for line in lines:
             say(line)
@@ -720,37 +721,38 @@ def report(results, data, splits):
 
 # ---- What does the attention do? Does A_T find the emotional moments? ----
 
+MEASURES = {                     # of the attention A (T,) on a segment (T,) bool
+    "average precision": average_precision_score, "share": lambda segment, A: A[segment].sum() / A.sum(),
+    "hit rate": lambda segment, A: segment[A == A.max()].mean()}
+
+
 def limit_of(m, n):
     """The most attention that m of n can get: G is a tanh, so no weight exceeds another by more than e^2."""
     return m * np.e / (m * np.e + (n - m) / np.e)
 
 
 def attention(data, test, outputs):
-    """{name: {what: median or mean over the validation videos}}: how far from uniform, and how much lies in a segment.
+    """{name: {what: number}} on the validation videos: medians of the most attended, means over the segments.
 
     The centre prior is exp(G), G from 1 in the middle to -1 at both ends.
     """
-    spread, inside, rows = {"frame": [], "object": []}, {}, {}
+    rows = {}
     for i, out in zip(test, outputs):
         for name, As in (("frame", out["A_T"][None]), ("object", out["A_o"])):
-            As = [A[A > 0] for A in As if (A > 0).sum() > 1]
-            v = [(A.max() * len(A), limit_of(1, len(A)) * len(A), A.max() / A.min()) for A in As]
-            spread[name] += [np.median(v, 0)] if v else []
+            for A in (A[A > 0] for A in As if (A > 0).sum() > 1):
+                rows.setdefault(f"most attended {name}", []).append(
+                    {"times uniform": A.max() * len(A), "limit": limit_of(1, len(A)) * len(A), "max/min": A.max() / A.min()})
         A_T, segment = out["A_T"], data.segments.get(i, np.zeros(1, bool))
         if segment.min() < segment.max():
-            centre = np.exp(1 - 2 * np.linspace(-1, 1, len(A_T)) ** 2)
-            for who, A in (("A_T", A_T), ("uniform", np.ones(len(A_T))), ("centre", centre)):
-                for what, v in (("average precision", average_precision_score(segment, A)),
-                                ("share", A[segment].sum() / A.sum()), ("hit rate", segment[A == A.max()].mean())):
-                    inside.setdefault(f"on the segments, {what}", {}).setdefault(who, []).append(v)
+            priors = dict(A_T=A_T, uniform=np.ones(len(A_T)), centre=np.exp(1 - 2 * np.linspace(-1, 1, len(A_T)) ** 2))
+            for name, measure in MEASURES.items():
+                rows.setdefault(f"segments, {name}", []).append({who: measure(segment, A) for who, A in priors.items()})
+            rows["segments, share"][-1]["limit"] = limit_of(segment.sum(), len(segment))
         if isinstance(data, Planted):
-            rows.setdefault("planted frames", []).append((A_T[segment].sum(), 2 / data.T, limit_of(2, data.T)))
             share = out["A_o"][segment, :1].sum() / 2
-            rows.setdefault("planted object", []).append((share, 1 / data.K, limit_of(1, data.K)))
-    return {f"most attended {name}": dict(zip(("times uniform", "limit", "max/min"), np.median(v, 0).tolist()))
-            for name, v in spread.items() if v} | {
-        name: dict(zip(("share", "uniform", "limit"), np.mean(v, 0).tolist())) for name, v in rows.items()} | {
-        name: {who: float(np.mean(v)) for who, v in row.items()} for name, row in inside.items()}
+            rows.setdefault("planted object", []).append(dict(A_o=share, uniform=1 / data.K, limit=limit_of(1, data.K)))
+    middle = lambda name: np.median if name.startswith("most") else np.mean
+    return {name: {k: float(middle(name)([v[k] for v in row])) for k in row[0]} for name, row in rows.items()}
 
 
 def read_segments(path, data):
@@ -758,18 +760,15 @@ def read_segments(path, data):
     key_segment_1, ..., each empty or a range in minutes'seconds, as 0'3-0'10. Raises InputError."""
     position, skipped = {name: i for i, name in enumerate(data.ids)}, 0
     with about(path, "it needs the columns video and key_segment_1 with ranges such as 0'3-0'10"):
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            cells = [(row["video"].strip(), v.strip()) for row in csv.DictReader(f) for k, v in row.items()
-                     if k and k.startswith("key_segment") and v and v.strip()]
-        for video, cell in cells:
-            i, match = position.get(os.path.splitext(video)[0]), re.fullmatch(r"(\d+)'(\d+)\s*-\s*(\d+)'(\d+)", cell)
-            a, b, c, d = map(int, match.groups()) if match else (1, 0, 0, 0)
-            if i is None or 60 * a + b > 60 * c + d:
+        rows = csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines())
+        for video, cell in [(row["video"], row[k]) for row in rows for k in row if k and k.startswith("key_segment") and row[k]]:
+            i, match = position.get(os.path.splitext(video)[0]), re.fullmatch(r"(\d+)'(\d+)-(\d+)'(\d+)", cell.replace(" ", ""))
+            start, end = [60 * int(m) + int(s) for m, s in (match.group(1, 2), match.group(3, 4))] if match else (1, 0)
+            if i is None or start > end:
                 skipped += 1
                 continue
             seconds = data.load(i)[1]["seconds"]
-            found = (60 * a + b <= seconds) & (seconds <= 60 * c + d)
-            data.segments[i] = found | data.segments.get(i, False)
+            data.segments[i] = (start <= seconds) & (seconds <= end) | data.segments.get(i, False)
         assert data.segments, f"no segment of any of these videos; they are named as {data.ids[0]}.mp4"
     say(f"segments {len(data.segments)} videos have some; {skipped} cells are no range, or of another video")
 
@@ -955,7 +954,6 @@ def parse_args(argv=None):
     stems, real = [Path(source).stem for source in args.predict], args.split or args.segments or args.dataset != "ekman"
     for wrong, line in (
             (bool(args.predict) != bool(args.checkpoint), "--predict and --checkpoint go together"),
-            (args.predict and (args.data or args.reproduce), "--predict does not train: no --data, no --reproduce"),
             (len(stems) > len(set(stems)), "--predict: two files of one name; predict them into two --out folders"),
             (not args.data and (real or set(args.features) - set(FEATURES)),
              "--dataset, --split, --segments and --features of your own need --data"),

@@ -308,7 +308,8 @@ def readings():
             with contextlib.redirect_stdout(io.StringIO()):
                 dfan.main(["--runs", "3", "--out", out])
             found = json.loads(Path(out, "results.json").read_text())
-        frames, boxes = (np.mean([r["attention"][f"planted {v}"]["share"] for r in found["runs"]]) for v in ("frames", "object"))
+        frames, boxes = (np.mean([r["attention"][name][A] for r in found["runs"]])
+                         for name, A in (("segments, share", "A_T"), ("planted object", "A_o")))
         accuracy = f"{found['accuracy']['mean']:.3f} ± {found['accuracy']['std']:.3f}"
         print(f"{name:<32}{accuracy:>18}{frames:>16.3f}{boxes:>16.3f}", flush=True)
     dfan.Fast, dfan.loss_fn = kept
@@ -536,7 +537,7 @@ def test_videoemotion_draws_ten_splits(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("training 18: Anger 6, Fear 6, Joy 6") == printed.count("validation 9: Anger 3, Fear 3, Joy 3") == 10
     few = write_feats(tmp_path / "few", n=1)
-    assert "three videos" in error_of("--data", few, "--dataset", "videoemotion", "--out", tmp_path / "o")
+    assert "least populated" in error_of("--data", few, "--dataset", "videoemotion", "--out", tmp_path / "o")
 
 
 # ---- The same command goes on; results ----
@@ -673,7 +674,7 @@ def test_localisation_measures():
     found = dfan.attention(Namespace(segments=segments), list(A), outputs)
     both = [(A[i], segments[i]) for i in (3, 5)]                # in the others there is nothing to find
     expected = [[average_precision(inside, a), a[inside].sum(), inside[a.argmax()]] for a, inside in both]
-    got = np.array([list(found[f"on the segments, {name}"].values()) for name in ("average precision", "share", "hit rate")])
+    got = np.array([list(found[f"segments, {name}"].values())[:3] for name in ("average precision", "share", "hit rate")])
     assert np.allclose(got[:, 0], np.mean(expected, 0)) and np.allclose(got[:, 1], (2 / 5 + 1 / 4) / 2)
     assert got[2, 2] == 0.5, "the centre prior finds the middle frame of the first"
 
@@ -693,7 +694,7 @@ def test_segments_file(tmp_path, capsys):
         assert inside.pop(name) == [any(a <= s <= b for a, b in ranges) for s in seconds]
     assert not inside and "3 cells" in capsys.readouterr().out
     train("--data", feats, "--segments", tmp_path / "s.csv", "--out", tmp_path / "o")
-    assert capsys.readouterr().out.count("on the segments") == 3
+    assert capsys.readouterr().out.count("attention  segments") == 3
     (tmp_path / "bad.csv").write_text("name,from,to\n")
     assert "bad.csv" in error_of("--data", feats, "--segments", tmp_path / "bad.csv", "--out", tmp_path / "p")
 
@@ -815,7 +816,7 @@ def test_planted_command_twice(tmp_path):
     both = [subprocess.Popen([*argv, tmp_path / name], stdout=subprocess.PIPE, text=True) for name in "ab"]
     first, second = (re.sub(r"[\d.]+ s\b|\S*/[ab]/\S*", "", p.communicate()[0]) for p in both)
     assert [p.returncode for p in both] == [0, 0] and first == second
-    assert "uniform 0.083  limit 0.402  SYNTHETIC" in first and "uniform 0.125  limit 0.514  SYNTHETIC" in first
+    assert "uniform 0.083  centre 0.083  limit 0.402  SYNTHETIC" in first and "uniform 0.125  limit 0.514  SYNTHETIC" in first
 
 
 # ---- Extraction ----
