@@ -739,9 +739,11 @@ def attention(data, test, outputs):
     rows = {}
     for i, out in zip(test, outputs):
         for name, As in (("frame", out["A_T"][None]), ("object", out["A_o"])):
-            for A in (A[A > 0] for A in As if (A > 0).sum() > 1):
+            As = [A[A > 0] for A in As if (A > 0).sum() > 1]
+            spread = [(A.max() * len(A), limit_of(1, len(A)) * len(A), A.max() / A.min()) for A in As]
+            if As:
                 rows.setdefault(f"most attended {name}", []).append(
-                    {"times uniform": A.max() * len(A), "limit": limit_of(1, len(A)) * len(A), "max/min": A.max() / A.min()})
+                    dict(zip(("times uniform", "limit", "max/min"), np.median(spread, 0))))
         A_T, segment = out["A_T"], data.segments.get(i, np.zeros(1, bool))
         if segment.min() < segment.max():
             priors = dict(A_T=A_T, uniform=np.ones(len(A_T)), centre=np.exp(1 - 2 * np.linspace(-1, 1, len(A_T)) ** 2))
@@ -782,16 +784,16 @@ def show(source, target, F, other, saved, args, video=None, inside=()):
     """
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights as weights
     names = [name for name in weights.COCO_V1.meta["categories"] if name not in ("__background__", "N/A")]
-    settings, seconds, frames = saved["settings"], other["seconds"].tolist(), other["frames"].tolist()
-    classes, T, moments = settings["classes"], len(seconds), []
+    settings, classes, moments = saved["settings"], saved["settings"]["classes"], []
     with about(source, "are these features like those that the network was trained on?"):
+        seconds, frames = other["seconds"].tolist(), other["frames"].tolist()
         model = make_network(settings, args.literal).eval()
         model.load_state_dict(saved["model"])
         inputs = as_inputs(F, settings["features"], settings["objects"], saved["standard"])
         with torch.no_grad():
             out = {name: v[0].numpy() for name, v in model(*(v[None] for v in inputs)).items()}
-        assert len(out["P"]) == T == len(frames), "frames or seconds of another length"
-    P, A_T, F_O = out["P"], out["A_T"] * T, inputs[2].numpy()
+        assert len(out["P"]) == len(seconds) == len(frames), "frames or seconds of another length"
+    P, A_T, F_O = out["P"], out["A_T"] * len(frames), inputs[2].numpy()
     objects = [[dict(name=names[F_o[k, :80].argmax()] if F_o.shape[-1] == 84 else f"object {k}", A_o=float(A_o[k]),
                      times_uniform=float(A_o[k] * (A_o > 0).sum()), probability=float(F_o[k, :-4].max()),
                      box=F_o[k, -4:].tolist()) for k in (-A_o).argsort(kind="stable") if A_o[k] > 0]
@@ -799,7 +801,7 @@ def show(source, target, F, other, saved, args, video=None, inside=()):
     for t in (-A_T).argsort(kind="stable"):
         if len(moments) < 3 and all(abs(seconds[t] - m["seconds"]) >= min(1, seconds[-1] / 6) for m in moments):
             moments.append(dict(seconds=seconds[t], frame=frames[t], times_uniform=float(A_T[t]), objects=objects[t][:3]))
-    found = dict(video=str(source), emotion=classes[vote(torch.tensor(P[None]), [T])[0]], moments=moments,
+    found = dict(video=str(source), emotion=classes[vote(torch.tensor(P[None]), [len(P)])[0]], moments=moments,
                  probabilities=dict(zip(classes, P[-LAST_FRAMES:].mean(0).tolist())), marks=MARKS,
                  warning=other["warning"], seconds=seconds, frames=frames, A_T=out["A_T"].tolist(),
                  P=dict(zip(classes, P.T.tolist())), objects=objects)
