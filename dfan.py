@@ -23,12 +23,14 @@ feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of
                      P and h2 of t-1
 
 How to read it. Names are the paper's letters: in F_O the capital O is the whole video, in F_o the small one a frame;
-hat and bar are suffixes; the blackboard-bold F (action and scene together) is FF. A line that computes an equation
-bears its number, (1) to (10). [R1] to [R15] are rows of the README's table "Where the paper is silent or ambiguous".
+hat and bar are suffixes; the blackboard-bold F (action and scene together) is FF, the script F_t of (7) is F_t. A line
+that computes an equation, or makes its parameters, bears its number, (1) to (10). [R1] to [R15] are
+rows of the README's table "Where the paper is silent or ambiguous".
 Text in quotation marks is the paper's. Code counts frames from 0, the paper from 1.
 
     B videos in a batch   T frames (the longest of the batch)   K objects a frame   H hidden units   C emotions
     F_A (B,T,2048)   F_S (B,T,365)   F_O (B,T,K,84)   FF (B,T,2413)   A_o (B,T,K)   A_T (B,T)   P (B,T,C)
+    (the numbers are the paper's widths; in the loop over t, A_o and P are of frame t and have no T)
 """
 import argparse
 import contextlib
@@ -63,7 +65,7 @@ NOT_IN_THE_PAPER = dict(                    # ours: (default, on the planted set
     lr=(1e-3, 5e-3, "learning rate of Adam"),
     batch=(16, 16, "videos in a batch"),
     epochs=(30, 20, "passes over the training videos"))
-CLIP, PADDED_FRAMES = 1.0, 16000            # ours too: norm of the gradient; most frames in a batch (memory)
+CLIP, PADDED_FRAMES = 1.0, 16000            # ours too: norm of the gradient; most frames in a batch of videos
 
 
 # ---- 3.2 Dual Focus Attention Network ----
@@ -97,7 +99,7 @@ class DFAN(nn.Module):
         whatever finite numbers they hold change nothing. Returns a dict, zero where there is padding:
             logits (B,T,C)   before the softmax of (5): what the loss takes
             P      (B,T,C)   P_t (5)
-            A_T    (B,T)     the time attention (8) as it stands after the last frame
+            A_T    (B,T)     the time attention (8) as it stands after the last frame; in training after (10)
             A_o    (B,T,K)   the object attention (2)
         """
         B, T, K = F_O.shape[:3]
@@ -105,11 +107,11 @@ class DFAN(nn.Module):
         real = real_frames(FF, lengths)              # (B,T)    1, or 0 for padding
         there = objects_there(F_O)                   # (B,T,K)  1, or 0 for a missing object [R3]
         F_O_bar = mean_object(F_O, there)            # (B,T,84)
-        frame = torch.arange(T, device=FF.device)    # (T,)
-        h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)
-        P = FF.new_zeros(B, self.W_p.out_features)   # P_0 = 0 [R4]
+        frame = torch.arange(T, device=FF.device)    # (T,)     to pick entry t
+        h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)         # (B,H)  before the first frame
+        P = FF.new_zeros(B, self.W_p.out_features)   # (B,C)    before the first frame: the paper's P_0 = 0 [R4]
         G_o = FF.new_zeros(B, K)                     # stays so, every object alike, if T.Focus is alone [R9]
-        E = real                                     # (B,T)  exp(G_T); G_T starts at 0, uniform [R5]
+        E = real                                     # (B,T)    exp(G_T), A_T unnormalised; G_T = 0 at first [R5]
         outputs = []
         for t in range(T):
             # "LSTM.S accepts not only the average of all object features F_o_bar, but also the hidden values
@@ -127,10 +129,10 @@ class DFAN(nn.Module):
             # "we use the three modality features of frame t to update the attentions A_T of the entire time
             # series of the video": "S_t is concatenation of the three extracted features" (3.2.2)
             S_t = torch.cat([F_o_hat, F_A[:, t], F_S[:, t]], -1)                    #      (B,2497)
-            # "G_T is the glimpse feature of the time" (3.2.2); frame t gives entry t of it [R5]
+            # "G_T is the glimpse feature of the time" (3.2.2); frame t gives entry t of it [R5]. h2 is of t-1
             G_t = torch.tanh(self.W_Th(h2) + self.W_Tf(S_t))                        # (9)  (B,1)
-            E = torch.where(frame == t, G_t.exp() * real, E)                        #      (B,T)
-            # "A_T is the time attention value" (3.2.2), a softmax over all T frames
+            E = torch.where(frame == t, G_t.exp() * real, E)                        # (8)  (B,T)  numerator
+            # "A_T is the time attention value" (3.2.2), a softmax over the video's frames
             A_T = E / E.sum(1, keepdim=True)                                        # (8)  (B,T)
             # "the video features weighted by time attention F_t" (3.2.2)
             F_t = (A_T.unsqueeze(-1) * FF).sum(1)                                   # (7)  (B,2413)
@@ -143,20 +145,20 @@ class DFAN(nn.Module):
             # "we add the attention scrambler on time series during the training stage. The adjacent attention
             # weights A_T will be mixed after each prediction." (3.2.2); both lines use the old weights [R6]
             if self.training and t > 0:
-                beta = 1 - (1 - self.beta) * real[:, t]                             #      1 for padding
-                old, A_T = A_T, A_T.clone()
+                beta = 1 - (1 - self.beta) * real[:, t]                             #      (B,)   1 in padding
+                old, A_T = A_T, A_T.clone()                                         #      a copy
                 A_T[:, t - 1] = beta * old[:, t - 1] + (1 - beta) * old[:, t]       # (10)
                 A_T[:, t] = (1 - beta) * old[:, t - 1] + beta * old[:, t]           # (10)
                 E = A_T * E.sum(1, keepdim=True)                                    #      it lasts [R6]
             outputs.append((logits, P, A_o))
-        logits, P, A_o = (torch.stack(v, 1) * real.unsqueeze(-1) for v in zip(*outputs))
+        logits, P, A_o = (torch.stack(v, 1) * real.unsqueeze(-1) for v in zip(*outputs))      # (B,T,...) each
         return dict(logits=logits, P=P, A_T=A_T, A_o=A_o)
 
 
 def focus(G, there):
-    """Softmax (2) over the objects that are there, zero if none is [R3]: G, there (B,K) -> (B,K).
+    """Softmax (2) over the objects that are there, zero if none is [R3]: G, there (...,K) -> (...,K).
 
-    G is a tanh, so exp(G) cannot overflow and no maximum need be subtracted.
+    G is a tanh or zero, so exp(G) cannot overflow and no maximum need be subtracted.
     """
     e = G.exp() * there
     return e / e.sum(-1, keepdim=True).clamp(min=1e-9)
@@ -184,7 +186,7 @@ def mean_object(F_O, there):
 class Pooling(nn.Module):
     """ "For Max and Average pooling, we uniformly sample 10 frames from visual features for pooling" (Table 2).
 
-    Then a linear softmax [R11]. how: "max" or "avg". Arguments and results as DFAN's; each frame has the same P.
+    Then a linear softmax [R11]. how: "max" or "avg". forward is used as DFAN's; each frame has the same P.
     """
 
     def __init__(self, how, d_action, d_scene, classes):
@@ -258,7 +260,7 @@ def make_batches(videos, lengths, args, rng=None):
     batches = [[]]
     for _, i in sorted((lengths[i] * s, i) for i, s in zip(videos, stretch)):
         batch = batches[-1] + [i]
-        if len(batch) > args.batch or len(batch) * max(lengths[j] for j in batch) > PADDED_FRAMES:
+        if batches[-1] and (len(batch) > args.batch or len(batch) * max(lengths[j] for j in batch) > PADDED_FRAMES):
             batches.append([i])
         else:
             batches[-1] = batch
@@ -266,7 +268,7 @@ def make_batches(videos, lengths, args, rng=None):
 
 
 def load_batches(data, batches, args, standard, epoch=0):
-    """Yields F_A, F_S, F_O, padded with zeros, then lengths (B,), labels (B,) and positions of each batch."""
+    """Yields [F_A, F_S, F_O], padded with zeros, lengths (B,), labels (B,) and positions of each batch."""
     for batch in batches:
         videos = [as_inputs(data.load(i, epoch)[0], args.features, args.objects, standard) for i in batch]
         F = [nn.utils.rnn.pad_sequence(v, batch_first=True).to(args.device) for v in zip(*videos)]
@@ -338,9 +340,9 @@ def scores(data, test, outputs):
 
 
 def protocol(data, splits, args):
-    """The scores of all runs: "The average of recognition accuracies over ten experiments" (4.1).
+    """The scores of all runs, whose mean is "The average of recognition accuracies over ten experiments" (4.1).
 
-    torchrun's processes share the runs out, and each gets the scores of all.
+    --runs: so many seeds of one split. torchrun's processes share the runs out, and each gets the scores of all.
     """
     rank, world, _ = ranks()
     numbers = range(rank, max(args.runs, len(splits)), world)
@@ -763,8 +765,9 @@ def read_segments(path, data):
     position, skipped = {name: i for i, name in enumerate(data.ids)}, 0
     with about(path, "it needs the columns video and key_segment_1 with ranges such as 0'3-0'10"):
         rows = csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines())
-        for video, cell in [(row["video"], row[k]) for row in rows for k in row if k and k.startswith("key_segment") and row[k]]:
-            i, match = position.get(os.path.splitext(video)[0]), re.fullmatch(r"(\d+)'(\d+)-(\d+)'(\d+)", cell.replace(" ", ""))
+        for video, cell in [(row["video"], row[k]) for row in rows for k in row if (k or "").startswith("key_seg") and row[k]]:
+            i = position.get(os.path.splitext(video)[0])
+            match = re.fullmatch(r"(\d+)'(\d+)-(\d+)'(\d+)", cell.replace(" ", ""))
             start, end = [60 * int(m) + int(s) for m, s in (match.group(1, 2), match.group(3, 4))] if match else (1, 0)
             if i is None or start > end:
                 skipped += 1

@@ -465,6 +465,7 @@ def test_batches_cover_and_are_bounded(monkeypatch):
     assert sorted(i for b in batches for i in b) == list(range(500)) and max(map(len, batches)) == 16
     assert max(len(b) * max(lengths[i] for i in b) for b in batches) <= 9000 < 16 * max(lengths)
     assert batches == make(0, 1) != make(0, 2)
+    assert dfan.make_batches([0, 1], [9001, 20000], Namespace(batch=16)) == [[0], [1]], "too long for any company"
     assert sum(len(b) * max(lengths[i] for i in b) for b in batches) < 1.15 * sum(lengths), "little is padding"
 
 
