@@ -109,9 +109,9 @@ class DFAN(nn.Module):
         F_O_bar = mean_object(F_O, there)            # (B,T,84)
         frame = torch.arange(T, device=FF.device)    # (T,)     to pick entry t
         h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)         # (B,H)  before the first frame
-        P = FF.new_zeros(B, self.W_p.out_features)   # (B,C)    before the first frame: the paper's P_0 = 0 [R4]
+        P = FF.new_zeros(B, self.W_p.out_features)   # (B,C)    before frame 1: the paper's P_0 = 0 [R4]
         G_o = FF.new_zeros(B, K)                     # stays so, every object alike, if T.Focus is alone [R9]
-        E = real                                     # (B,T)    exp(G_T), A_T unnormalised; G_T = 0 at first [R5]
+        E = real                                     # (B,T)    exp(G_T) of (8); G_T = 0 at first [R5]
         outputs = []
         for t in range(T):
             # "LSTM.S accepts not only the average of all object features F_o_bar, but also the hidden values
@@ -239,7 +239,7 @@ def make_splits(data, args):
     if args.dataset == "videoemotion" and not splits:
         for seed in range(args.seed, args.seed + 10):
             with about(args.data):
-                draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)     # of each class [R12]
+                draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)  # of each class [R12]
                 splits += draw.split(data.ids, data.labels)
     for number, parts in enumerate(splits):
         for part, name in zip(parts, ("training", "validation")):
@@ -658,7 +658,8 @@ DIAGONALS = ("50 8 65 66 67 58 86 17", "51 54 59 54 53 64")            # of figu
 def reproduce(data, splits, args):
     """Trains the rows of a table or figure, prints them beside the paper's: {what: {row: summary}}."""
     column, found = ("videoemotion", "ekman").index(args.dataset), {}
-    the_papers = not MARKS and abs(sum(map(len, splits[0])) - (1101, 1637)[column]) <= 2    # 1,099 are in circulation
+    videos, classes = ((1101, 8), (1637, 6))[column]                   # 1,099 of the 1,101 are in circulation
+    the_papers = not MARKS and len(data.classes) == classes and abs(sum(map(len, splits[0])) - videos) <= 2
     for what in ROWS if args.reproduce == "all" else [args.reproduce]:
         found[what], lines, first = {}, [], None
         for row, changed, paper in ROWS[what]:
@@ -680,7 +681,7 @@ def reproduce(data, splits, args):
         if what == "figure3":
             print_confusion(results, data, splits[0][1])
             say(f"  the paper's diagonal: {DIAGONALS[column]}")
-        if what == "figure4":                                          # the first validation video of each class
+        if what == "figure4":  # the first validation video of each class
             saved = load_checkpoint(results[0]["checkpoint"])
             for _, i in sorted({data.labels[i]: i for i in reversed(splits[0][1])}.items()):
                 target = Path(args.out, f"figure4-{data.ids[i].replace('/', '-')}")
@@ -855,7 +856,7 @@ def draw(path, title, found, video, inside):
         frames = video_frames(video, [found["frames"][t] for t in best]) if video else grey
         image, blue = np.full((900, 1600, 3), 255, np.uint8), (220, 90, 30)
 
-        def write(text, x, y, image=image):                            # with a white rim; cv2's fonts are ASCII
+        def write(text, x, y, image=image):  # with a white rim; cv2's fonts are ASCII
             for colour, width in (((255, 255, 255), 5), ((30, 30, 30), 1)):
                 cv2.putText(image, text.encode("ascii", "replace").decode(), (int(x), int(y)), 0, 0.7, colour, width, 16)
 
@@ -888,7 +889,7 @@ def draw(path, title, found, video, inside):
         write("A_T, times uniform" + "; shaded: the emotional segment" * bool(np.any(inside)), 100, 452)
         hues = np.array([[[180 * c // len(P), 170, 220]] for c in range(len(P))], np.uint8)
         colours = cv2.cvtColor(hues, cv2.COLOR_HSV2BGR)[:, 0]
-        now = np.searchsorted(seconds, np.linspace(seconds[0], seconds[-1], 1480))    # the frame of each column
+        now = np.searchsorted(seconds, np.linspace(seconds[0], seconds[-1], 1480))  # the frame of each column
         image[730:820, 100:1580] = colours[(np.linspace(0, 1, 90)[:, None, None] > P.cumsum(0)[:-1, now].T).sum(-1)]
         write("P", 60, 780)
         for c, name in enumerate(found["P"]):
@@ -1024,7 +1025,7 @@ def gather(value):
         return [value]
     with about("torchrun", "another of its processes has ended: its line says why"):
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))    # runs are long
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # runs are long
         values = [None] * ranks()[1]
         torch.distributed.all_gather_object(values, value)
     return values
