@@ -391,15 +391,6 @@ def test_constant_columns_stay_zero(tmp_path):
         assert (F_A[:, 2] == 0).all() and (F_A[:, 1] != 0).any() and torch.equal(F_O, F["objects"])
 
 
-def test_raw_leaves_the_features_as_they_are(tmp_path):
-    feats = write_feats(tmp_path / "f")
-    raw, ours = (train("--data", feats, "--out", tmp_path / n, *v) for n, v in (("a", ["--raw"]), ("b", [])))
-    assert raw["standard"] is None and ours["standard"] is not None and not same_run(raw, ours)
-    args = dfan.parse_args(["--data", str(feats), "--raw"])
-    F, _ = dfan.Features(feats, args.features).load(0)
-    assert torch.equal(dfan.as_inputs(F, args.features, None)[0], F["action"])
-
-
 def test_objects_alone_learn_where_the_mean_object_decides(tmp_path):
     feats, rng = write_feats(tmp_path / "f", n=12), np.random.default_rng(0)
     for path in feats.glob("*/*.npz"):
@@ -1203,7 +1194,7 @@ def test_seconds_are_time_stamps(tmp_path):
     assert [s["seconds"] for s in samples] == pytest.approx([0, 16 / 24, 32 / 24], abs=0.05), "1, 3, 1, 3, ... frame times"
 
 
-def test_finetuning_and_the_leak_guard(tmp_path, capsys, monkeypatch):
+def test_finetuning(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(extract.TUNING, "epochs", 1)
     for i in range(4):
         path = write_video(tmp_path / "v" / ("anger", "joy")[i % 2] / f"{i}.mp4", 20, seed=i)
@@ -1244,13 +1235,6 @@ def test_finetuning_and_the_leak_guard(tmp_path, capsys, monkeypatch):
     predict = ["--predict", str(path), "--checkpoint", str(tmp_path / "o1/run0.pt"), "--out", str(tmp_path / "p")]
     assert dfan.main(predict) == 0, "extracted with the tuned networks"
     assert (tmp_path / "p/3.npz").read_bytes() == (tmp_path / "f/joy/3.npz").read_bytes()
-    leak = [*small, str(tmp_path / "o2"), "--split", *(str(tmp_path / f"v/{n}list01.txt") for n in ("test", "train"))]
-    with pytest.raises(dfan.InputError, match="2 of the validation videos: anger/0"):
-        dfan.main(leak)
-    capsys.readouterr()
-    assert dfan.main([*leak, "--allow-leak"]) == 0
-    numbers = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("run 0", "result", "attention"))]
-    assert len(numbers) > 3 and all(line.endswith("LEAKED") for line in numbers)
 
 
 def test_predict_a_video(extracted, tmp_path):
