@@ -58,6 +58,7 @@ except ImportError as missing:
     sys.exit(2)
 
 BETA = 0.6                                  # "we empirically set beta = 0.6" (3.2.2)
+OBJECTS = 16                                # "In our implementation, we set K = 16." (3.2.1)
 LAST_FRAMES = 10                            # "we count the predictions of the last ten frames" (4.1)
 FEATURES = ("action", "scene", "objects")   # F_A, F_S, F_O: "three kinds of features" (3.1)
 NOT_IN_THE_PAPER = dict(                    # ours: (default, on the planted set, what it is); each is a flag
@@ -934,14 +935,14 @@ def parse_args(argv=None):
     add("--raw", action="store_true", help="features as they are, not standardised")
     add("--features", default=",".join(FEATURES), metavar="NAME,...", help="arrays of the .npz, or your own (T,D)")
     add("--fusion", choices=("dual", "time", "avg", "max"), help="table 2 (default: dual; time without objects)")
-    add("--objects", type=int, metavar="K", help="at most so many objects a frame (figure 2)")
+    add("--objects", type=int, default=OBJECTS, metavar="K", help=f"of a frame, at most (figure 2; default: {OBJECTS})")
     add("--beta", type=float, default=BETA, help=f"of (10) (default: {BETA})")
     add("--literal", action="store_true", help="run the equations as printed (slow; same results to rounding)")
     for name, (default, planted, what) in NOT_IN_THE_PAPER.items():
         add(f"--{name}", type=type(default), help=f"{what} (default: {default}; planted set: {planted})")
     add("--runs", type=int, help="of one split (default: 1; --reproduce on the planted set: 5)")
     add("--seed", type=int, default=0, help="of run 0; run i uses seed + i (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", default=f"cuda:{ranks()[2]}" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--out", metavar="DIR", help="checkpoints, results, pictures (default: out; planted set: out/planted)")
     add("--reproduce", choices=(*ROWS, "all"), help="a table or figure of section 4, beside the paper's")
     add("--videos", metavar="DIR", help="folder that was extracted, for the frames of figure 4")
@@ -964,9 +965,9 @@ def parse_args(argv=None):
             (not args.data and (real or set(args.features) - set(FEATURES)),
              "--dataset, --split, --segments and --features of your own need --data"),
             (len(args.split) % 2, "--split takes pairs of lists: TRAIN TEST"),
-            (not 0 <= args.beta <= 1, "--beta: must be in [0, 1]"), (args.seed < 0, "--seed: must not be negative"),
-            *((not 0 < (getattr(args, name) if name != "objects" or args.objects is not None else 1) < 1e9,
-               f"--{name}: must be greater than 0") for name in (*NOT_IN_THE_PAPER, "runs", "objects"))):
+            (not 0 <= args.beta <= 1, "--beta: must be in [0, 1]"), (not 0 <= args.seed < 2 ** 31, "--seed: must be in [0, 2^31)"),
+            *((not 0 < getattr(args, name) < 1e9, f"--{name}: must be greater than 0")
+              for name in (*NOT_IN_THE_PAPER, "runs", "objects"))):
         if wrong:
             parser.error(line)
     return args
