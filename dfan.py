@@ -451,7 +451,7 @@ def column_statistics(data, train, args):
 
 def read_features(path, names):
     """The arrays of an .npz, float32, objects (T,K,D), others (T,D), and what else it says. Raises InputError."""
-    with about(path, "delete it and run extract_features.py again, or name other arrays with --features"):
+    with about(path, "if it is damaged, delete it and extract it again; --features names the arrays"):
         with np.load(path, allow_pickle=False) as f:
             F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
             other = {name: f[name] for name in f.files if name in ("frames", "seconds")}
@@ -576,7 +576,7 @@ def about(path, remedy=""):
     except InputError:
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise InputError(f"{path}: {reason}" + (f"; {remedy}" if remedy else "")) from error
 
 
@@ -603,7 +603,7 @@ def write_whole(path, content):
 
 def load_checkpoint(path):
     """What `run` saved; nothing in the file runs. Raises InputError."""
-    with about(path, "no run0.pt of dfan.py, or a damaged one; delete it to train again"):
+    with about(path, "it should be a run0.pt of dfan.py; a damaged one may be deleted, to train again"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         assert saved["settings"] and saved["model"] and saved["history"]
         return saved
@@ -791,6 +791,7 @@ def show(source, target, F, other, saved, args, video=None, inside=()):
     names = [name for name in weights.COCO_V1.meta["categories"] if name not in ("__background__", "N/A")]
     settings, classes, moments = saved["settings"], saved["settings"]["classes"], []
     with about(source, "are these features like those that the network was trained on?"):
+        assert {"seconds", "frames"} <= set(other), "it has no arrays seconds and frames"
         seconds, frames = other["seconds"].tolist(), other["frames"].tolist()
         model = make_network(settings, args.literal).eval()
         model.load_state_dict(saved["model"])
@@ -857,9 +858,8 @@ def draw(path, title, found, video, inside):
         frames = video_frames(video, [found["frames"][t] for t in best]) if video else grey
         image, blue = np.full((900, 1600, 3), 255, np.uint8), (220, 90, 30)
 
-        def write(text, x, y, image=image):  # with a white rim; cv2's fonts are ASCII
-            for colour, width in (((255, 255, 255), 5), ((30, 30, 30), 1)):
-                cv2.putText(image, text.encode("ascii", "replace").decode(), (int(x), int(y)), 0, 0.7, colour, width, 16)
+        def write(text, x, y, image=image, colour=(30, 30, 30)):      # cv2's fonts are ASCII
+            cv2.putText(image, text.encode("ascii", "replace").decode(), (int(x), int(y)), 0, 0.7, colour, 1, cv2.LINE_AA)
 
         write(title, 12, 32)
         for left, t, frame in zip(range(12, 1600, 396), best, frames):
@@ -870,7 +870,9 @@ def draw(path, title, found, video, inside):
                 green = min(max((o["times_uniform"] - 1) / max(limit_of(1, K) * K - 1, 1e-6), 0), 1)
                 x1, y1, x2, y2 = (np.array(o["box"]) * np.tile(small.shape[1::-1], 2)).astype(int).tolist()
                 cv2.rectangle(small, (x1, y1), (x2, y2), (170 * (1 - green), 170 + 40 * green, 170 * (1 - green)), 3)
-                write(f"{rank + 1}", min(x1, small.shape[1] - 80) + 24 * rank + 6, max(y1, 0) + 24, small)
+                x1, y1 = min(x1, small.shape[1] - 72) + 24 * rank, min(y1, small.shape[0] - 26)
+                cv2.rectangle(small, (x1, y1), (x1 + 23, y1 + 25), (0, 0, 0), -1)
+                write(f"{rank + 1}", x1 + 5, y1 + 20, small, (255, 255, 255))
                 write(f"{rank + 1} {o['name']} {o['times_uniform']:.2f} x uniform", left, 342 + 26 * rank)
             image[46:46 + len(small), left:left + small.shape[1]] = small
             write(f"{seconds[t]:.1f} s", left, 420)
@@ -911,7 +913,7 @@ def predict(source, saved, args):
             raise InputError(f"{source}: no features of it, see above")
         path, video = Path(args.out, f"{path.stem}.npz"), path
     elif path.suffix != ".npz" or not path.is_file():
-        raise InputError(f"{source}: not there, or neither a video ({' '.join(SUFFIXES)}) nor an .npz of extract_features.py"
+        raise InputError(f"{source}: no such file" if not path.exists() else f"{source}: neither a video ({' '.join(SUFFIXES)}) nor an .npz of extract_features.py"
                          + f", but a folder; give {source.rstrip('/')}/*.mp4" * path.is_dir())
     F, other = read_features(path, saved["settings"]["features"])
     if other["settings"] and extraction and other["settings"] != extraction:
@@ -1011,7 +1013,7 @@ def main(argv=None):
         old = json.loads(path.read_text()) if path.exists() else {}
         write_whole(path, json.dumps(old | results, indent=1).encode())
     say(f"written  {path}; next: python dfan.py " + (
-        f"--predict VIDEO --checkpoint {args.out}/run0.pt" if args.data else "--reproduce figure4, or --data FEATS"))
+        f"--predict VIDEO --checkpoint {args.out}/run0.pt" if args.data else "--reproduce figure4 --runs 1, or --data FEATS"))
     return 0
 
 

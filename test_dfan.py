@@ -760,7 +760,7 @@ def test_predict_overwrites_nothing_given_and_refuses(trained, tmp_path, capsys)
     (tmp_path / "y.mp4").write_bytes(b"no video")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert predicted(capsys, tmp_path / "x.npz", *more)[0] == 0
-    for source, word in ((tmp_path / "y.png", ".npz"), (feats, f"{feats}/*.mp4"), (tmp_path / "none.npz", "not there"),
+    for source, word in ((tmp_path / "y.png", ".npz"), (feats, f"{feats}/*.mp4"), (tmp_path / "none.npz", "no such file"),
                          (tmp_path / "y.mp4", "give an .npz")):
         status, _, error = predicted(capsys, source, *more)
         assert status == 2 and word in error and error.startswith(f"{source}: "), error
