@@ -754,7 +754,7 @@ def attention(data, test, outputs):
             for name, measure in MEASURES.items():
                 rows.setdefault(f"segments, {name}", []).append({who: measure(segment, A) for who, A in priors.items()})
             rows["segments, share"][-1]["limit"] = limit_of(segment.sum(), len(segment))
-        if isinstance(data, Planted):
+        if isinstance(data, Planted) and out["A_o"].size:
             share = out["A_o"][segment, :1].sum() / 2
             rows.setdefault("planted object", []).append(dict(A_o=share, uniform=1 / data.K, limit=limit_of(1, data.K)))
     middle = lambda name: np.median if name.startswith("most") else np.mean
