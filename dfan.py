@@ -576,7 +576,9 @@ def about(path, remedy=""):
     except InputError:
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, AssertionError):                      # a library's first sentence
+            reason = reason.split(". ")[0][:300]
         raise InputError(f"{path}: {reason}" + (f"; {remedy}" if remedy else "")) from error
 
 
@@ -774,7 +776,7 @@ def read_segments(path, data):
             if i is None or start > end:
                 skipped += 1
                 continue
-            seconds = data.load(i)[1]["seconds"]
+            seconds = read_features(data.paths[i], ())[1]["seconds"]
             data.segments[i] = (start <= seconds) & (seconds <= end) | data.segments.get(i, False)
         assert data.segments, f"no segment of any of these videos; they are named as {data.ids[0]}.mp4"
     say(f"segments {len(data.segments)} videos have some; {skipped} cells are no range, or of another video")
@@ -798,11 +800,18 @@ def show(source, target, F, other, saved, args, video=None, inside=()):
         inputs = as_inputs(F, settings["features"], settings["objects"], saved["standard"])
         with torch.no_grad():
             out = {name: v[0].numpy() for name, v in model(*(v[None] for v in inputs)).items()}
+        assert np.isfinite(out["P"]).all(), "the network gives NaN"
         assert len(out["P"]) == len(seconds) == len(frames), "frames or seconds of another length"
     P, A_T, F_O = out["P"], out["A_T"] * len(frames), inputs[2].numpy()
-    objects = [[dict(name=names[F_o[k, :80].argmax()] if F_o.shape[-1] == 84 else f"object {k}", A_o=float(A_o[k]),
-                     times_uniform=float(A_o[k] * (A_o > 0).sum()), probability=float(F_o[k, :-4].max()),
-                     box=F_o[k, -4:].tolist()) for k in (-A_o).argsort(kind="stable") if A_o[k] > 0]
+
+    def describe(k, A_o, F_o):
+        found = dict(name=f"object {k}", A_o=float(A_o[k]), times_uniform=float(A_o[k] * (A_o > 0).sum()))
+        if F_o.shape[-1] == 84:                                        # another detector's columns are unknown
+            probabilities, box = np.split(F_o[k], [80])
+            found |= dict(name=names[probabilities.argmax()], probability=float(probabilities.max()), box=box.tolist())
+        return found
+
+    objects = [[describe(k, A_o, F_o) for k in (-A_o).argsort(kind="stable") if A_o[k] > 0]
                for A_o, F_o in zip(out["A_o"], F_O)]
     for t in (-A_T).argsort(kind="stable"):
         if len(moments) < 3 and all(abs(seconds[t] - m["seconds"]) >= min(1, seconds[-1] / 6) for m in moments):
@@ -815,7 +824,7 @@ def show(source, target, F, other, saved, args, video=None, inside=()):
     say(f"{source}: {found['emotion']}  (mean of the last frames: " + ", ".join(f"{c} {100 * p:.1f} %" for c, p in sure) + ")")
     for m in moments:
         say(f"  {m['seconds']:7.1f} s  attention {m['times_uniform']:.2f} times uniform: " + ", ".join(
-            f"{o['name']} {o['probability']:.2f} ({o['times_uniform']:.2f})" for o in m["objects"]))
+            f"{o['name']} {o.get('probability', 0):.2f} ({o['times_uniform']:.2f})" for o in m["objects"]))
     flat = ", attention nearly uniform" if A_T.max() < 1.3 * A_T.min() else ""
     say(f"  {target}.png, {target}.json{flat}" + f"  WARNING {other['warning']}" * bool(other["warning"]))
     write_whole(Path(f"{target}.json"), json.dumps(found).encode())
@@ -868,12 +877,14 @@ def draw(path, title, found, video, inside):
             K = len(found["objects"][t])
             for rank, o in enumerate(found["objects"][t][:3]):
                 green = min(max((o["times_uniform"] - 1) / max(limit_of(1, K) * K - 1, 1e-6), 0), 1)
+                write(f"{rank + 1} {o['name']} {o['times_uniform']:.2f} x uniform", left, 342 + 26 * rank)
+                if "box" not in o:
+                    continue
                 x1, y1, x2, y2 = (np.array(o["box"]) * np.tile(small.shape[1::-1], 2)).astype(int).tolist()
                 cv2.rectangle(small, (x1, y1), (x2, y2), (170 * (1 - green), 170 + 40 * green, 170 * (1 - green)), 3)
                 x1, y1 = min(x1, small.shape[1] - 72) + 24 * rank, min(y1, small.shape[0] - 26)
                 cv2.rectangle(small, (x1, y1), (x1 + 23, y1 + 25), (0, 0, 0), -1)
                 write(f"{rank + 1}", x1 + 5, y1 + 20, small, (255, 255, 255))
-                write(f"{rank + 1} {o['name']} {o['times_uniform']:.2f} x uniform", left, 342 + 26 * rank)
             image[46:46 + len(small), left:left + small.shape[1]] = small
             write(f"{seconds[t]:.1f} s", left, 420)
         x = (100 + 1480 * (seconds - seconds[0]) / max(seconds[-1] - seconds[0], 1e-3)).astype(int).tolist()
@@ -912,8 +923,10 @@ def predict(source, saved, args):
         if subprocess.run([sys.executable, script, source, args.out, *options]).returncode:
             raise InputError(f"{source}: no features of it, see above")
         path, video = Path(args.out, f"{path.stem}.npz"), path
-    elif path.suffix != ".npz" or not path.is_file():
-        raise InputError(f"{source}: no such file" if not path.exists() else f"{source}: neither a video ({' '.join(SUFFIXES)}) nor an .npz of extract_features.py"
+    elif not path.exists():
+        raise InputError(f"{source}: no such file")
+    elif path.suffix != ".npz" or path.is_dir():
+        raise InputError(f"{source}: neither a video ({' '.join(SUFFIXES)}) nor an .npz of extract_features.py"
                          + f", but a folder; give {source.rstrip('/')}/*.mp4" * path.is_dir())
     F, other = read_features(path, saved["settings"]["features"])
     if other["settings"] and extraction and other["settings"] != extraction:
@@ -963,6 +976,7 @@ def parse_args(argv=None):
     stems, real = [Path(source).stem for source in args.predict], args.split or args.segments or args.dataset != "ekman"
     for wrong, line in (
             (bool(args.predict) != bool(args.checkpoint), "--predict and --checkpoint go together"),
+            (args.predict and (args.data or args.reproduce), "--predict does not train: no --data, no --reproduce"),
             (len(stems) > len(set(stems)), "--predict: two files of one name; predict them into two --out folders"),
             (not args.data and (real or set(args.features) - set(FEATURES)),
              "--dataset, --split, --segments and --features of your own need --data"),

@@ -752,6 +752,15 @@ def test_predict_says_what_when_and_where(trained, tmp_path, capsys):
     assert np.allclose(first["objects"][0]["box"], F["objects"][t, k, 80:]) and (tmp_path / "joy_1.png").stat().st_size > 1000
 
 
+def test_predict_objects_of_another_detector(tmp_path, capsys):
+    feats = write_feats(tmp_path / "f", d_object=3)
+    train("--data", feats, "--out", tmp_path / "o")
+    assert predicted(capsys, feats / "joy/joy_1.npz", "--checkpoint", tmp_path / "o/run0.pt", "--out", tmp_path)[0] == 0
+    first = json.loads((tmp_path / "joy_1.json").read_text())["objects"][0]
+    assert sorted(o["name"] for o in first) == ["object 0", "object 1", "object 2"] and "box" not in first[0]
+    assert cv2.imread(str(tmp_path / "joy_1.png")).shape == (900, 1600, 3)
+
+
 def test_predict_overwrites_nothing_given_and_refuses(trained, tmp_path, capsys):
     feats, checkpoint = trained
     more = "--checkpoint", checkpoint, "--out", tmp_path
@@ -794,7 +803,7 @@ def test_errors_are_one_line_and_status_2(tmp_path):
 
 
 @pytest.mark.parametrize("argv", ["--beta 2", "--lr nan", "--seed -1", "--epochs 0", "--objects 0", "--dataset videoemotion",
-                                  "--features audio", "--checkpoint x", "--resume",
+                                  "--features audio", "--checkpoint x", "--resume", "--predict a --checkpoint b --data c",
                                   "--split a", "--epochs x"])
 def test_wrong_options(argv, capsys, monkeypatch):
     monkeypatch.setattr(dfan, "Planted", None)                  # nothing is trained, even where this fails
