@@ -1,83 +1,74 @@
 """Dual Focus Attention Network for Video Emotion Recognition (Qiu, He, Wang; ICME 2020), whole, in one file.
 
     python dfan.py                                        # no data: a built-in planted set, about a minute
-    python dfan.py --data feats/ --dataset ekman          # one fixed split (4.1)
-    python dfan.py --data feats/ --dataset videoemotion   # ten random 2/3-1/3 splits, mean accuracy (4.1)
+    python dfan.py --data feats/ --dataset ekman          # one fixed split; videoemotion: ten drawn ones (4.1)
     python dfan.py --data feats/ --reproduce table2       # a table or figure of section 4, beside the paper's
-    python dfan.py --predict clip.mp4 --checkpoint out/run0.pt    # your own video: which emotion, when, where
+    python dfan.py --predict clip.mp4                     # your own video: which emotion, when, where
 
 feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of a video:
 
-      F_o (K objects) --> mean --> LSTM.S --h1--> O.Focus: A_o over the K objects  (1)-(4)
-         |                           ^               |
-         +---------------------------|--- weighted --> F_o_hat
-                                h2 of t-1            |
-      F_A, F_S (action, scene) ----------------> S_t = [F_o_hat; F_A; F_S]
-         |                                           |
-      FF = [F_A; F_S] of all frames              T.Focus: entry t of A_T over the T frames  (8), (9)  <-- h2 of t-1
-         |                                           |
-         +-- weighted by A_T <-----------------------+
-                |
-               F_t (7) --> LSTM.T --h2--> P_t, the emotion at t  (5), (6)
-                             ^
-                     P and h2 of t-1
+  F_o (K objects) --> mean --> LSTM.S --h1--> O.Focus: A_o over the K objects  (1)-(4)
+     |                           ^               |
+     +---------------------------|--- weighted --> F_o_hat
+                            h2 of t-1            |
+  F_A, F_S (action, scene) ----------------> S_t = [F_o_hat; F_A; F_S]
+     |                                           |
+  FF = [F_A; F_S] of all frames              T.Focus: entry t of A_T over the T frames  (8), (9)  <-- h2 of t-1
+     |                                           |
+     +-- weighted by A_T <-----------------------+
+            |
+           F_t (7) --> LSTM.T --h2--> P_t, the emotion at t  (5), (6)
+                         ^
+                 P and h2 of t-1
 
-How to read it. Names are the paper's letters: in F_O the capital O is the whole video, in F_o the small one a frame;
-hat and bar are suffixes; the blackboard-bold F (action and scene together) is FF, the script F_t of (7) is F_t. A line
-that computes an equation, or makes its parameters, bears its number, (1) to (10). [R1] to [R15] are
-rows of the README's table "Where the paper is silent or ambiguous".
-Text in quotation marks is the paper's. Code counts frames from 0, the paper from 1.
+Names are the paper's letters: F_O is the whole video's, F_o a frame's; hat and bar are suffixes; the blackboard-bold F
+(action and scene together) is FF, the script F_t of (7) is F_t. A line that computes an equation, or makes its
+parameters, bears its number, (1) to (10). [R1] to [R15] are rows of the README's table "Where the paper is silent or
+ambiguous". Text in quotation marks is the paper's. Code counts frames from 0, the paper from 1.
 
     B videos in a batch   T frames (the longest of the batch)   K objects a frame   H hidden units   C emotions
     F_A (B,T,2048)   F_S (B,T,365)   F_O (B,T,K,84)   FF (B,T,2413)   A_o (B,T,K)   A_T (B,T)   P (B,T,C)
-    (the numbers are the paper's widths; in the loop over t, A_o and P are of frame t and have no T)
+    (the paper's widths; in the loop over t, A_o and P are of frame t and have no T)
 """
 import argparse
 import contextlib
-import csv
 import datetime
 import io
 import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 import time
 import unicodedata
+from collections import defaultdict
 from pathlib import Path
 
-try:
-    import numpy as np
-    import torch
-    from sklearn.metrics import average_precision_score, confusion_matrix
-    from sklearn.model_selection import StratifiedShuffleSplit
-    from torch import nn
-except ImportError as missing:
-    print(f"dfan.py: {missing}; pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)
+import numpy as np
+import torch
+from sklearn.metrics import confusion_matrix
+from sklearn.model_selection import StratifiedShuffleSplit
+from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 BETA = 0.6                                  # "we empirically set beta = 0.6" (3.2.2)
 OBJECTS = 16                                # "In our implementation, we set K = 16." (3.2.1)
 LAST_FRAMES = 10                            # "we count the predictions of the last ten frames" (4.1)
 FEATURES = ("action", "scene", "objects")   # F_A, F_S, F_O: "three kinds of features" (3.1)
-NOT_IN_THE_PAPER = dict(                    # ours: (default, on the planted set, what it is); each is a flag
-    hidden=(256, 32, "hidden units H of both LSTMs"),
-    lr=(1e-3, 5e-3, "learning rate of Adam"),
-    batch=(16, 16, "videos in a batch"),
-    epochs=(30, 20, "passes over the training videos"))
-CLIP, PADDED_FRAMES = 1.0, 16000            # ours too: norm of the gradient; most frames in a batch of videos
+NOT_IN_THE_PAPER = dict(                    # ours, each a flag; PLANTED: on the built-in set, which is small
+    hidden=(256, "hidden units H of both LSTMs"), lr=(1e-3, "learning rate of Adam"),
+    batch=(16, "videos in a batch"), epochs=(30, "passes over the training videos"))
+PLANTED = dict(hidden=32, lr=5e-3, epochs=20, out="out/planted")
+CLIP = 1.0                                  # ours too: the most norm of a gradient
 
 
 # ---- 3.2 Dual Focus Attention Network ----
 
 class DFAN(nn.Module):
     """ "The Dual Focus Attention (DFA) cell consists of two focus attention modules with two vanilla LSTM
-    cells" (3.2), run over the frames of a video (figure 1).
+    cells" (3.2), run over the frames of a video (figure 1). o_focus=False: T.Focus alone, a row of Table 2 [R9].
 
-    d_action, d_scene, d_object: widths of the features (2048, 365, 84 in the paper; any will do); beta of (10).
-    o_focus=False is T.Focus alone, a row of Table 2 [R9]. This class is the complete algorithm. `Fast`, below,
-    has the same parameters and gives the same results; everything else there is just efficiency.
+    This class is the complete algorithm. `Fast`, below, has the same parameters and results: just efficiency.
     """
 
     def __init__(self, d_action, d_scene, d_object, hidden, classes, beta=BETA, o_focus=True):
@@ -85,29 +76,28 @@ class DFAN(nn.Module):
         d_FF = d_action + d_scene
         self.beta, self.o_focus = beta, o_focus
         if o_focus:
-            self.W_oh = nn.Linear(hidden, 1, bias=False)                # (3)
-            self.W_of = nn.Linear(d_object, 1)                          # (3)  its bias is b_o
-            self.LSTM_S = nn.LSTMCell(d_object + hidden, hidden)        # (4)  on [F_o_bar; h2] [R1]
-        self.W_p = nn.Linear(hidden, classes)                           # (5)  its bias is b_p
-        self.LSTM_T = nn.LSTMCell(classes + d_FF, hidden)               # (6)  on [P; F_t] [R4]
-        self.W_Th = nn.Linear(hidden, 1, bias=False)                    # (9)
-        self.W_Tf = nn.Linear(d_object + d_FF, 1)                       # (9)  on S_t; its bias is b_T
+            self.W_oh = nn.Linear(hidden, 1, bias=False)            # (3)
+            self.W_of = nn.Linear(d_object, 1)                      # (3)  its bias is b_o
+            self.LSTM_S = nn.LSTMCell(d_object + hidden, hidden)    # (4)  on [F_o_bar; h2] [R1]
+        self.W_p = nn.Linear(hidden, classes)                       # (5)  its bias is b_p
+        self.LSTM_T = nn.LSTMCell(classes + d_FF, hidden)           # (6)  on [P; F_t] [R4]
+        self.W_Th = nn.Linear(hidden, 1, bias=False)                # (9)
+        self.W_Tf = nn.Linear(d_object + d_FF, 1)                   # (9)  on S_t; its bias is b_T
 
     def forward(self, F_A, F_S, F_O, lengths=None):
         """F_A (B,T,d_action), F_S (B,T,d_scene), F_O (B,T,K,d_object), lengths (B,) of the videos, T if None.
 
-        An object whose features are all zero is not there [R3]. Frames from a video's length on are padding:
-        whatever finite numbers they hold change nothing. Returns a dict, zero where there is padding:
+        An object whose features are all zero is not there [R3]. Frames from a video's length on are padding: what they
+        hold changes nothing. Returns a dict, zero where there is padding:
             logits (B,T,C)   before the softmax of (5): what the loss takes
             P      (B,T,C)   P_t (5)
-            A_T    (B,T)     the time attention (8) as it stands after the last frame; in training after (10)
+            A_T    (B,T)     the time attention (8) after the last frame; in training after (10)
             A_o    (B,T,K)   the object attention (2)
         """
         B, T, K = F_O.shape[:3]
         FF = torch.cat([F_A, F_S], -1)               # (B,T,2413)  "the concatenation of" both
         real = real_frames(FF, lengths)              # (B,T)    1, or 0 for padding
-        there = objects_there(F_O)                   # (B,T,K)  1, or 0 for a missing object [R3]
-        F_O_bar = mean_object(F_O, there)            # (B,T,84)
+        there, F_O_bar = mean_object(F_O)            # (B,T,K)  1, or 0 for a missing object [R3]; (B,T,84)
         frame = torch.arange(T, device=FF.device)    # (T,)     to pick entry t
         h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)         # (B,H)  before the first frame
         P = FF.new_zeros(B, self.W_p.out_features)   # (B,C)    before frame 1: the paper's P_0 = 0 [R4]
@@ -119,110 +109,94 @@ class DFAN(nn.Module):
             # on time dimension from LSTM.T (h2 of t-1)" (3.2.1)
             F_o, F_o_bar = F_O[:, t], F_O_bar[:, t]
             if self.o_focus:
-                h1, c1 = self.LSTM_S(torch.cat([F_o_bar, h2], -1), (h1, c1))        # (4)  (B,H)  [R1]
+                h1, c1 = self.LSTM_S(torch.cat([F_o_bar, h2], -1), (h1, c1))      # (4)  (B,H)  [R1]
                 # "G_oi is the glimpse features of the objects" (3.2.1)
-                G_o = torch.tanh(self.W_oh(h1) + self.W_of(F_o).squeeze(-1))        # (3)  (B,K)  [R2]
+                G_o = torch.tanh(self.W_oh(h1) + self.W_of(F_o).squeeze(-1))      # (3)  (B,K)  [R2]
             # "A_o is the attention value of each object at frame t" (3.2.1)
-            A_o = focus(G_o, there[:, t])                                           # (2)  (B,K)  [R3]
+            A_o = focus(G_o, there[:, t])                                         # (2)  (B,K)  [R3]
             # "The weighted objects' features F_o_hat is calculated by" (3.2.1)
-            F_o_hat = (A_o.unsqueeze(-1) * F_o).sum(1)                              # (1)  (B,84)
+            F_o_hat = (A_o.unsqueeze(-1) * F_o).sum(1)                            # (1)  (B,84)
 
             # "we use the three modality features of frame t to update the attentions A_T of the entire time
             # series of the video": "S_t is concatenation of the three extracted features" (3.2.2)
-            S_t = torch.cat([F_o_hat, F_A[:, t], F_S[:, t]], -1)                    #      (B,2497)
+            S_t = torch.cat([F_o_hat, F_A[:, t], F_S[:, t]], -1)                  #      (B,2497)
             # "G_T is the glimpse feature of the time" (3.2.2); frame t gives entry t of it [R5]. h2 is of t-1
-            G_t = torch.tanh(self.W_Th(h2) + self.W_Tf(S_t))                        # (9)  (B,1)
-            E = torch.where(frame == t, G_t.exp() * real, E)                        # (8)  (B,T)  numerator
+            G_t = torch.tanh(self.W_Th(h2) + self.W_Tf(S_t))                      # (9)  (B,1)
+            E = torch.where(frame == t, G_t.exp() * real, E)                      # (8)  (B,T)  numerator
             # "A_T is the time attention value" (3.2.2), a softmax over the video's frames
-            A_T = E / E.sum(1, keepdim=True)                                        # (8)  (B,T)
+            A_T = E / E.sum(1, keepdim=True)                                      # (8)  (B,T)
             # "the video features weighted by time attention F_t" (3.2.2)
-            F_t = (A_T.unsqueeze(-1) * FF).sum(1)                                   # (7)  (B,2413)
+            F_t = (A_T.unsqueeze(-1) * FF).sum(1)                                 # (7)  (B,2413)
             # "LSTM.T accepts the prediction at the last frame (P_{t-1}) and the video features" (3.2.2)
-            h2, c2 = self.LSTM_T(torch.cat([P, F_t], -1), (h2, c2))                 # (6)  (B,H)  [R4]
+            h2, c2 = self.LSTM_T(torch.cat([P, F_t], -1), (h2, c2))               # (6)  (B,H)  [R4]
             # "predict emotions of the current state P_t" (3.2.2)
-            logits = self.W_p(h2)                                                   # (5)  (B,C)
-            P = torch.softmax(logits, -1)                                           # (5)  (B,C)
+            logits = self.W_p(h2)                                                 # (5)  (B,C)
+            P = torch.softmax(logits, -1)                                         # (5)  (B,C)
 
             # "we add the attention scrambler on time series during the training stage. The adjacent attention
             # weights A_T will be mixed after each prediction." (3.2.2); both lines use the old weights [R6]
             if self.training and t > 0:
-                beta = 1 - (1 - self.beta) * real[:, t]                             #      (B,)   1 in padding
-                old, A_T = A_T, A_T.clone()                                         #      a copy
-                A_T[:, t - 1] = beta * old[:, t - 1] + (1 - beta) * old[:, t]       # (10)
-                A_T[:, t] = (1 - beta) * old[:, t - 1] + beta * old[:, t]           # (10)
-                E = A_T * E.sum(1, keepdim=True)                                    #      it lasts [R6]
+                beta = 1 - (1 - self.beta) * real[:, t]                           #      (B,)   1 in padding
+                old, A_T = A_T, A_T.clone()                                       #      a copy
+                A_T[:, t - 1] = beta * old[:, t - 1] + (1 - beta) * old[:, t]     # (10)
+                A_T[:, t] = (1 - beta) * old[:, t - 1] + beta * old[:, t]         # (10)
+                E = A_T * E.sum(1, keepdim=True)                                  #      it lasts [R6]
             outputs.append((logits, P, A_o))
         logits, P, A_o = (torch.stack(v, 1) * real.unsqueeze(-1) for v in zip(*outputs))      # (B,T,...) each
         return dict(logits=logits, P=P, A_T=A_T, A_o=A_o)
 
 
 def focus(G, there):
-    """Softmax (2) over the objects that are there, zero if none is [R3]: G, there (...,K) -> (...,K).
-
-    G is a tanh or zero, so exp(G) cannot overflow and no maximum need be subtracted.
-    """
+    """Softmax (2) over the objects there, zero if none is [R3]. G (...,K) is a tanh or zero: exp(G) cannot overflow."""
     e = G.exp() * there
     return e / e.sum(-1, keepdim=True).clamp(min=1e-9)
 
 
 def real_frames(F, lengths):
-    """1 for the frames of a video, 0 for padding: F (B,T,...), lengths (B,) or None -> (B,T)."""
+    """1 for the frames of a video, 0 for padding: F (B,T,...), lengths (B,), None without padding -> (B,T)."""
     B, T = F.shape[:2]
-    if lengths is None:
-        return F.new_ones(B, T)
-    lengths = torch.as_tensor(lengths, device=F.device)
+    lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=F.device)
     return (torch.arange(T, device=F.device) < lengths[:, None]).to(F.dtype)
 
 
-def objects_there(F_O):
-    """1 for an object, 0 for a row of zeros, "no object" [R3]: (...,K,84) -> (...,K)."""
-    return (F_O.abs().sum(-1) != 0).to(F_O.dtype)
-
-
-def mean_object(F_O, there):
-    """F_O_bar, the mean of the objects there, zero if none is [R3]: (...,K,84), (...,K) -> (...,84)."""
-    return F_O.sum(-2) / there.sum(-1, keepdim=True).clamp(min=1)
+def mean_object(F_O):
+    """F_O (...,K,84) -> 1 for an object, 0 for a row of zeros [R3] (...,K); F_O_bar, the mean of those there (...,84)."""
+    there = (F_O.abs().sum(-1) != 0).to(F_O.dtype)
+    return there, F_O.sum(-2) / there.sum(-1, keepdim=True).clamp(min=1)
 
 
 class Pooling(nn.Module):
-    """ "For Max and Average pooling, we uniformly sample 10 frames from visual features for pooling" (Table 2).
-
-    Then a linear softmax [R11]. how: "max" or "avg". forward is used as DFAN's; each frame has the same P.
-    """
+    """ "For Max and Average pooling, we uniformly sample 10 frames from visual features for pooling" (Table 2), then
+    a linear softmax [R11]. how: "max" or "avg". Used as DFAN is; every frame has the same P and attention."""
 
     def __init__(self, how, d_action, d_scene, classes):
         super().__init__()
         self.how, self.W = how, nn.Linear(d_action + d_scene, classes)
 
     def forward(self, F_A, F_S, F_O, lengths=None):
-        real, there = real_frames(F_A, lengths).unsqueeze(-1), objects_there(F_O)    # (B,T,1), (B,T,K)
-        middles = 2 * torch.arange(10, device=F_A.device) + 1          # of ten parts, in twentieths
-        ten = middles * real.sum(1).long() // 20                       # (B,10)
         FF = torch.cat([F_A, F_S], -1)
-        FF = FF[torch.arange(len(FF), device=FF.device)[:, None], ten]               # (B,10,2413)
-        logits = self.W(FF.amax(1) if self.how == "max" else FF.mean(1))             # (B,C)
-        logits = logits.unsqueeze(1) * real                                          # (B,T,C)
-        A_T = torch.zeros_like(real[:, :, 0]).scatter_add_(1, ten, torch.full(ten.shape, 0.1).to(real))
-        A_o = focus(torch.zeros_like(there), there) * real                           # uniform
-        return dict(logits=logits, P=torch.softmax(logits, -1) * real, A_T=A_T, A_o=A_o)
+        real, there = real_frames(FF, lengths).unsqueeze(-1), mean_object(F_O)[0]  # (B,T,1), (B,T,K)
+        T = real.sum(1)  # (B,1)  the videos' own
+        ten = (2 * torch.arange(10, device=FF.device) + 1) * T.long() // 20  # (B,10)  middles of ten parts
+        FF = FF.gather(1, ten.unsqueeze(-1).expand(-1, -1, FF.shape[-1]))  # (B,10,2413)
+        logits = self.W(FF.amax(1) if self.how == "max" else FF.mean(1)).unsqueeze(1) * real  # (B,T,C)
+        P, A_o = torch.softmax(logits, -1) * real, focus(torch.zeros_like(there), there) * real
+        return dict(logits=logits, P=P, A_T=real.squeeze(-1) / T, A_o=A_o)
 
 
 def loss_fn(logits, labels, lengths):
     """Cross-entropy of P_t, averaged over a video's frames, then over videos [R7]. (B,T,C), (B,), (B,) -> scalar."""
-    real = real_frames(logits, lengths)                                # (B,T)
+    real = real_frames(logits, lengths)  # (B,T)
     frames = nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(real.shape), reduction="none")
     return ((frames * real).sum(1) / lengths).mean()
 
 
 def vote(P, lengths):
     """ "During the inference stage, we count the predictions of the last ten frames and select the emotion that
-    appears the most as the final prediction." (4.1)
-
-    P (B,T,C), lengths (B,) -> (B,) emotions. A tie goes to the higher summed probability [R8].
-    """
+    appears the most as the final prediction." (4.1) A tie goes to the higher sum [R8]. (B,T,C), (B,) -> (B,)."""
     emotions = []
     for P_video, n in zip(P, lengths):
-        last = P_video[max(0, n - LAST_FRAMES):n]                      # (10,C), or fewer
+        last = P_video[max(0, n - LAST_FRAMES):n]  # (10,C), or fewer
         counts = torch.bincount(last.argmax(-1), minlength=P.shape[-1])
         emotions.append(torch.where(counts == counts.max(), last.sum(0), -1).argmax())
     return torch.stack(emotions)
@@ -231,48 +205,35 @@ def vote(P, lengths):
 # ---- 4.1 The two protocols, training and evaluation ----
 
 def make_splits(data, args):
-    """The (training, validation) positions of each run of the protocol. Raises InputError.
+    """The (training, validation) positions of each run.
 
     Ekman: "The dataset provides the training and validation splits." VideoEmotion: "our experiments are conducted
-    ten times. Each time we randomly choose 2/3 of the data for training and another 1/3 for validation." (4.1)
-    """
-    splits = [[listed(path, data, args) for path in pair] for pair in zip(args.split[::2], args.split[1::2])]
-    if args.dataset == "videoemotion" and not splits:
-        for seed in range(args.seed, args.seed + 10):
-            with about(args.data):
-                draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)  # of each class [R12]
-                splits += draw.split(data.ids, data.labels)
-    for number, parts in enumerate(splits):
-        for part, name in zip(parts, ("training", "validation")):
-            counts = np.bincount([data.labels[i] for i in part], minlength=len(data.classes))
-            named = ", ".join(f"{c} {n}" for c, n in zip(data.classes, counts))
-            say(f"split {number}  {name} {len(part)}: {named}")
-            if 0 in counts:
-                raise InputError(f"{args.data}: a class without a {name} video ({named})")
-        if both := set(parts[0]) & set(parts[1]):
-            raise InputError(f"{args.split[2 * number + 1]}: {data.ids[min(both)]} is in both lists")
+    ten times. Each time we randomly choose 2/3 of the data for training and another 1/3 for validation." (4.1)"""
+    lists = [read_list(path, data.ids) for path in args.split]
+    splits = list(zip(lists[::2], lists[1::2]))
+    with about(args.data):
+        for seed in range(args.seed, args.seed + 10) if not splits else ():  # 2/3 of each class [R12]
+            splits += StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed).split(data.ids, data.labels)
+        for number, parts in enumerate(splits):
+            for name, part in zip(("training", "validation"), parts):
+                counts = np.bincount([data.labels[i] for i in part], minlength=len(data.classes))
+                line = f"split {number}  {name} {len(part)}: " + ", ".join(f"{c} {n}" for c, n in zip(data.classes, counts))
+                say(line)
+                assert counts.all(), f"a class without a video: {line}"
+            both = [data.ids[i] for i in parts[0] if i in parts[1]]
+            assert not both, f"in both lists of split {number}: {both[0]}"
     return splits
 
 
-def make_batches(videos, lengths, args, rng=None):
-    """Lists of at most --batch videos of similar length; an rng shuffles them and stretches the lengths a little,
-    so that they differ from epoch to epoch."""
-    stretch = 1 + (rng.uniform(0, 0.15, len(videos)) if rng else np.zeros(len(videos)))
-    batches = [[]]
-    for _, i in sorted((lengths[i] * s, i) for i, s in zip(videos, stretch)):
-        batch = batches[-1] + [i]
-        if batches[-1] and (len(batch) > args.batch or len(batch) * max(lengths[j] for j in batch) > PADDED_FRAMES):
-            batches.append([i])
-        else:
-            batches[-1] = batch
-    return [batches[n] for n in rng.permutation(len(batches))] if rng else batches
-
-
-def load_batches(data, batches, args, standard, epoch=0):
-    """Yields [F_A, F_S, F_O], padded with zeros, lengths (B,), labels (B,) and positions of each batch."""
-    for batch in batches:
-        videos = [as_inputs(data.load(i, epoch)[0], args.features, args.objects, standard) for i in batch]
-        F = [nn.utils.rnn.pad_sequence(v, batch_first=True).to(args.device) for v in zip(*videos)]
+def batches(data, videos, args, standard, rng=None, epoch=0):
+    """Yields [F_A, F_S, F_O], padded with zeros, lengths (B,), labels (B,), positions; an rng shuffles the batches."""
+    stretch = rng.uniform(1, 1.15, len(videos)) if rng else np.ones(len(videos))  # to mix similar lengths
+    order = [i for _, i in sorted((data.lengths[i] * s, i) for i, s in zip(videos, stretch))]
+    starts = np.arange(0, len(order), args.batch)
+    for start in rng.permutation(starts) if rng else starts:
+        batch = order[start:start + args.batch]
+        inputs = [as_inputs(data.load(i, epoch)[0], args.features, args.objects, standard) for i in batch]
+        F = [nn.utils.rnn.pad_sequence(v, batch_first=True).to(args.device) for v in zip(*inputs)]
         lengths, labels = (torch.tensor([v[i] for i in batch], device=args.device) for v in (data.lengths, data.labels))
         yield F, lengths, labels, batch
 
@@ -280,21 +241,21 @@ def load_batches(data, batches, args, standard, epoch=0):
 def run(number, data, train, test, args):
     """Trains and evaluates one split, seed --seed + number; the same command goes on where it stopped.
 
-    Returns the scores of the LAST epoch and what `attention` says. After each epoch --out/run<number>.pt is written.
-    """
-    seed = args.seed + number
-    torch.manual_seed(seed)
+    Returns the scores of the LAST epoch and what `attention` says. Each epoch writes --out/run<number>.pt."""
+    settings, path, saved = resume(number, data, train, test, args)
+    history, outputs = saved.get("history", []), None
+    torch.manual_seed(settings["seed"])
     standard = None if args.raw else column_statistics(data, train, args)
-    settings = settings_of(data, train, test, args, seed)
     model = make_network(settings, args.literal).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    path, history = resume(number, settings, args, model, optimizer)
-    outputs = None
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
     for epoch in range(len(history) + 1, args.epochs + 1):
         start, total, right = time.monotonic(), 0., 0
         model.train()
-        batches = make_batches(train, data.lengths, args, np.random.default_rng([seed, epoch]))
-        for F, lengths, labels, batch in load_batches(data, batches, args, standard, epoch):
+        rng = np.random.default_rng([settings["seed"], epoch])
+        for F, lengths, labels, batch in batches(data, train, args, standard, rng, epoch):
             out = model(*F, lengths)
             loss = loss_fn(out["logits"], labels, lengths)
             optimizer.zero_grad()
@@ -304,93 +265,80 @@ def run(number, data, train, test, args):
             total += loss.item() * len(batch)
             right += (vote(out["P"], lengths) == labels).sum().item()
         if not np.isfinite(total):
-            raise InputError(f"run {number}: the loss is {total} in epoch {epoch}; lower --lr ({args.lr})")
-        outputs = evaluate(model, data, test, args, standard)
-        now = dict(loss=total / len(train), training=right / len(train), **scores(data, test, outputs))
+            raise InputError(f"{path}: the loss is {total} in epoch {epoch}; lower --lr ({args.lr})")
+        outputs, scores = evaluate(model, data, test, args, standard)
+        now = {"loss": total / len(train), "training accuracy": right / len(train)} | scores
         seconds = time.monotonic() - start
-        say(f"run {number}  epoch {epoch:3d}/{args.epochs}  loss {now['loss']:.4f}  accuracy {now['accuracy']:.4f}  macro "
-            f"{now['macro']:.4f}  training accuracy {now['training']:.4f}  {seconds:.1f} s", every_rank=True)
-        if epoch == 1:
-            say(f"run {number}  the other epochs take about {(args.epochs - 1) * seconds:.0f} s", every_rank=True)
+        say(f"run {number}  epoch {epoch:3d}/{args.epochs}  "
+            + "  ".join(f"{name} {v:.4f}" for name, v in now.items() if name != "confusion")
+            + f"  {seconds:.1f} s, {seconds * (args.epochs - epoch):.0f} s left", every_rank=True)
         history.append(now)
-        torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), standard=standard, history=history,
-                        feats=args.data, settings=settings), buffer := io.BytesIO())
+        torch.save(dict(settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(), standard=standard,
+                        history=history), buffer := io.BytesIO())
         write_whole(path, buffer.getbuffer())
-    outputs = outputs or evaluate(model, data, test, args, standard)   # finished before
-    return history[-1] | dict(seed=seed, checkpoint=str(path), attention=attention(data, test, outputs))
+    outputs = outputs or evaluate(model, data, test, args, standard)[0]  # finished before
+    return history[-1] | dict(seed=settings["seed"], checkpoint=str(path), attention=attention(data, outputs))
 
 
 @torch.no_grad()
 def evaluate(model, data, videos, args, standard):
-    """The network's outputs for each video, numpy arrays without padding, and "emotion", the vote (int)."""
+    """Each video's outputs, numpy, without padding; accuracy (4.1), the mean of the classes' own, confusion (figure 3)."""
     model.eval()
-    outputs = {}
-    for F, lengths, _, batch in load_batches(data, make_batches(videos, data.lengths, args), args, standard):
+    outputs, emotions = {}, {}
+    for F, lengths, _, batch in batches(data, videos, args, standard):
         out = model(*F, lengths)
-        for b, (i, emotion) in enumerate(zip(batch, vote(out["P"], lengths))):
-            outputs[i] = {name: v[b, :lengths[b]].cpu().numpy() for name, v in out.items()} | dict(emotion=int(emotion))
-    return [outputs[i] for i in videos]
-
-
-def scores(data, test, outputs):
-    """Accuracy (4.1), macro accuracy (mean of the classes' own), confusion matrix, rows normalised (figure 3)."""
-    labels, emotions = [data.labels[i] for i in test], [out["emotion"] for out in outputs]
+        emotions |= zip(batch, vote(out["P"], lengths).tolist())
+        for b, i in enumerate(batch):
+            outputs[i] = {name: v[b, :lengths[b]].cpu().numpy() for name, v in out.items()}
+    labels, emotions = np.array([(data.labels[i], emotions[i]) for i in videos]).T
     confusion = confusion_matrix(labels, emotions, labels=range(len(data.classes)), normalize="true")
-    return dict(accuracy=float(np.mean(np.equal(labels, emotions))), macro=float(confusion.diagonal().mean()),
-                confusion=confusion.tolist())
+    return outputs, dict(accuracy=float(np.mean(labels == emotions)), macro=float(confusion.diagonal().mean()),
+                         confusion=confusion.tolist())
 
 
 def protocol(data, splits, args):
-    """The scores of all runs, whose mean is "The average of recognition accuracies over ten experiments" (4.1).
-
-    --runs: so many seeds of one split. torchrun's processes share the runs out, and each gets the scores of all.
-    """
-    rank, world, _ = ranks()
+    """The scores of all runs: "The average of recognition accuracies over ten experiments" (4.1), or --runs seeds."""
+    rank, world, _ = ranks()  # torchrun's processes share the runs out
     numbers = range(rank, max(args.runs, len(splits)), world)
     mine = {n: run(n, data, *splits[n % len(splits)], args) for n in numbers}
     results = {n: r for part in gather(mine) for n, r in part.items()}
     return [results[n] for n in sorted(results)]
 
 
-# ---- Here the paper's part ends. What follows is a faster form of the same network, data, and tools. ----
+# ---- Here the paper's part ends. What follows is the same network, fast, then data and tools. ----
 
 class Fast(DFAN):
-    """DFAN with O(T) work in place of O(T^2), by two identities. Both are exact:
+    """DFAN with O(T) work in place of O(T^2), by two identities, both exact.
 
-    W F_t + b = sum_i A_Ti (W FF_i + b), since the A_Ti sum to 1: what multiplies a feature is one product for all
-    frames, before the loop. And (7), (8) are num / den, two running sums over e_i = exp(G_Ti) of frame i:
-    num = sum_i e_i (W FF_i + b), den = sum_i e_i. Frame t changes e_t alone, (10) also e_{t-1}.
-    """
+    W F_t + b = sum_i A_Ti (W FF_i + b), as the A_Ti sum to 1: one product for all frames, before the loop.
+    (7), (8) are num / den, sums of e_i (W FF_i + b) and of e_i = exp(G_Ti): frame t changes e_t, (10) also e_{t-1}."""
 
     def forward(self, F_A, F_S, F_O, lengths=None):
-        FF, H, C = torch.cat([F_A, F_S], -1), self.W_p.in_features, self.W_p.out_features
-        d_object, d_FF, linear = F_O.shape[-1], FF.shape[-1], nn.functional.linear
-        real, there = real_frames(FF, lengths).unsqueeze(-1), objects_there(F_O)  # (B,T,1), (B,T,K)
-        W_P, W_F = self.LSTM_T.weight_ih.split([C, d_FF], -1)
+        FF, C, linear = torch.cat([F_A, F_S], -1), self.W_p.out_features, nn.functional.linear
+        real, (there, F_o_bar) = real_frames(FF, lengths).unsqueeze(-1), mean_object(F_O)  # (B,T,1), (B,T,K), (B,T,84)
+        W_P, W_FF = self.LSTM_T.weight_ih.split([C, FF.shape[-1]], -1)
         W_T = torch.cat([W_P, self.LSTM_T.weight_hh], -1)  # on [P; h2]
-        T_in = linear(FF, W_F, self.LSTM_T.bias_ih + self.LSTM_T.bias_hh)  # (B,T,4H)  of (6)
-        W_Tf_object, W_Tf_FF = self.W_Tf.weight.split([d_object, d_FF], -1)
-        G_FF = linear(FF, W_Tf_FF, self.W_Tf.bias).unbind(1)  # (B,T,1)  of (9)
-        G_object = (F_O @ W_Tf_object[0]).unbind(1)  # (B,T,K)  of (9)
-        if self.o_focus:
-            W_F, W_h2 = self.LSTM_S.weight_ih.split([d_object, H], -1)
-            W_S = torch.cat([W_h2, self.LSTM_S.weight_hh], -1)  # on [h2; h1]
-            S_in = linear(mean_object(F_O, there), W_F, self.LSTM_S.bias_ih + self.LSTM_S.bias_hh).unbind(1)
-            G_F_o = self.W_of(F_O).squeeze(-1).unbind(1)  # (B,T,K)  of (3)
+        T_in = linear(FF, W_FF, self.LSTM_T.bias_ih + self.LSTM_T.bias_hh)  # (B,T,4H)  of (6)
+        W_F_o, W_FF = self.W_Tf.weight.split([F_O.shape[-1], FF.shape[-1]], -1)
+        G_FF = linear(FF, W_FF, self.W_Tf.bias).unbind(1)  # (B,T,1)  of (9)
+        G_object = (F_O @ W_F_o[0]).unbind(1)  # (B,T,K)  of (9)
+        G_F_o = self.W_of(F_O).squeeze(-1).unbind(1) if self.o_focus else None  # (B,T,K)  of (3)
         num, den, E = (real * T_in).sum(1), real.sum(1), list(real.unbind(1))
-        T_in, real_t, there = T_in.unbind(1), real.unbind(1), there.unbind(1)
-        h1 = c1 = h2 = c2 = FF.new_zeros(len(FF), H)
+        T_in, real_t, there, F_o_bar = (v.unbind(1) for v in (T_in, real, there, F_o_bar))
+        h1 = c1 = h2 = c2 = FF.new_zeros(len(FF), self.W_p.in_features)
         P, G_o, outputs = FF.new_zeros(len(FF), C), torch.zeros_like(there[0]), []
         for t in range(len(T_in)):
             if self.o_focus:
-                h1, c1 = lstm(torch.addmm(S_in[t], torch.cat([h2, h1], -1), W_S.T), c1)  # (4)
+                h1, c1 = self.LSTM_S(torch.cat([F_o_bar[t], h2], -1), (h1, c1))  # (4)
                 G_o = torch.tanh(self.W_oh(h1) + G_F_o[t])  # (3)
             A_o = focus(G_o, there[t])  # (2)
             F_o_hat = (A_o * G_object[t]).sum(-1, keepdim=True)  # (1)  times W_Tf
             e_t = torch.tanh(self.W_Th(h2) + F_o_hat + G_FF[t]).exp() * real_t[t]  # (9)
             rise, E[t] = e_t - E[t], e_t
             num, den = num + rise * T_in[t], den + rise  # (7), (8)
-            h2, c2 = lstm(torch.addmm(num / den, torch.cat([P, h2], -1), W_T.T), c2)  # (6)
+            i, f, g, o = torch.addmm(num / den, torch.cat([P, h2], -1), W_T.T).chunk(4, -1)  # (6)
+            c2 = torch.sigmoid(f) * c2 + torch.sigmoid(i) * torch.tanh(g)
+            h2 = torch.sigmoid(o) * torch.tanh(c2)
             logits = self.W_p(h2)  # (5)
             P = torch.softmax(logits, -1)  # (5)
             if self.training and t > 0:
@@ -402,90 +350,72 @@ class Fast(DFAN):
         return dict(logits=logits, P=P, A_T=torch.cat(E, -1) / den, A_o=A_o)
 
 
-def lstm(gates, c):
-    """One step of nn.LSTMCell from its gates (B,4H), products and biases added, and c (B,H): the new h and c."""
-    i, f, g, o = gates.chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
 def make_network(settings, literal):
-    """The network of a run's settings (`settings_of`)."""
     fusion, shape, C = settings["fusion"], settings["shape"], len(settings["classes"])
     if fusion in ("max", "avg"):
         return Pooling(fusion, *shape[:2], C)
-    Network = DFAN if literal else Fast
-    return Network(*shape, settings["hidden"], C, settings["beta"], o_focus=fusion == "dual")
+    return (DFAN if literal else Fast)(*shape, settings["hidden"], C, settings["beta"], fusion == "dual")
 
 
 # ---- Data: feature files, the planted set, split lists ----
 
-SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts")
+SUFFIXES = tuple(".mp4 .avi .mkv .webm .mov .flv .wmv .m4v .mpg .mpeg .3gp .ts".split())
 
 
 def as_inputs(F, features, objects, standard=None):
-    """F_A, F_S, F_O of a video's arrays; features, objects: --features and --objects; the first K are the top K.
-
-    The first (T,D) array is F_A, the others are F_S: only their concatenation FF counts. Objects alone:
-    FF := F_O_bar [R10]. standard: what `column_statistics` returned, or None.
-    """
+    """F_A: a video's first array, F_S: the others (only FF counts), F_O: the top K. Objects alone: FF := F_O_bar [R10]."""
     F_O = F["objects"][:, :objects] if "objects" in features else torch.zeros(len(F[features[0]]), 0, 0)
-    series = [F[name] for name in features if name != "objects"] or [mean_object(F_O, objects_there(F_O))]
-    FF = torch.cat(series, -1)
-    if standard is not None:
+    series = [F[name] for name in features if name != "objects"] or [mean_object(F_O)[1]]
+    FF, d_action = torch.cat(series, -1), series[0].shape[-1]
+    if standard is not None:  # of `column_statistics`
         FF = (FF - standard[0]) * standard[1]
-    return *FF.split([series[0].shape[-1], FF.shape[-1] - series[0].shape[-1]], -1), F_O
+    return FF[:, :d_action], FF[:, d_action:], F_O
 
 
 def column_statistics(data, train, args):
     """Mean and 1 / deviation (0 for a constant) of FF's columns over the training videos' frames: (2,D)."""
-    frames, total, squares = 0, 0., 0.
+    columns = StandardScaler()
     for i in train:
-        FF = torch.cat(as_inputs(data.load(i)[0], args.features, args.objects)[:2], -1).double()
-        frames, total, squares = frames + len(FF), total + FF.sum(0), squares + (FF ** 2).sum(0)
-    mean = total / frames
-    deviation = (squares / frames - mean ** 2).clamp(min=0).sqrt()
-    varies = deviation > 1e-6 * mean.abs()                             # above the rounding of a constant
-    return torch.stack([mean, torch.where(varies, 1 / deviation, 0.)]).float()
+        columns.partial_fit(torch.cat(as_inputs(data.load(i)[0], args.features, args.objects)[:2], -1).double())
+    varies = columns.var_ > (1e-6 * columns.mean_) ** 2  # above the rounding of a constant
+    return torch.tensor(np.stack([columns.mean_, varies / columns.scale_]), dtype=torch.float32)
 
 
 def read_features(path, names):
-    """The arrays of an .npz, float32, objects (T,K,D), others (T,D), and what else it says. Raises InputError."""
-    with about(path, "if it is damaged, delete it and extract it again; --features names the arrays"):
-        with np.load(path, allow_pickle=False) as f:
-            F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
-            other = {name: f[name] for name in f.files if name in ("frames", "seconds")}
-            settings, warning = (str(f[name]) if name in f.files else "" for name in ("settings", "warning"))
-        for name, v in F.items():
-            assert v.dim() == 2 + (name == "objects"), f"{name} has the shape {tuple(v.shape)}"
-            assert len(v) == len(F[names[0]]) > 0, f"{len(v)} frames of {name}, {len(F[names[0]])} of {names[0]}"
-            assert v.isfinite().all(), f"NaN or infinity in {name}"
-        settings = json.loads(settings or "{}")
-        settings.pop("opencv", None)                                   # recorded, not compared
-        return F, other | dict(settings=settings, warning=warning)
+    """The arrays of an .npz, float32: objects (T,K,D), others (T,D); and a dict of what else it says."""
+    with about(path, "delete it if it is damaged"), np.load(path, allow_pickle=False) as f:
+        F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
+        other = {name: f[name] for name in ("frames", "seconds", "inside") if name in f}
+        shapes = {name: tuple(v.shape) for name, v in (F | other).items()}
+        same = len({shape[0] for shape in shapes.values()}) == 1
+        assert same and all(v.dim() == 2 + (k == "objects") for k, v in F.items()), f"not (T,D), (T,K,D) of one T: {shapes}"
+        assert all(v.isfinite().all() for v in F.values()), "NaN or infinity in it"
+        settings = json.loads(str(f["settings"])) if "settings" in f else {}
+        settings.pop("opencv", None)  # recorded, not compared
+        if settings.get("random_weights") is not None and "RANDOM WEIGHTS" not in MARKS:
+            MARKS.append("RANDOM WEIGHTS")
+        return F, other | dict(settings=settings)
 
 
 class Features:
-    """The files <class>/<name>.npz of a folder, each checked here and read when needed. Raises InputError."""
+    """The files <class>/<name>.npz of a folder, each checked here and read when needed."""
 
     def __init__(self, folder, names):
-        self.names, self.lengths, self.cut_off, self.segments = names, [], [], {}
-        self.paths = sorted(p for p in Path(folder).glob("*/*.npz") if "." not in (p.name[0], p.parent.name[0]))
-        if not self.paths:
-            raise InputError(f"{folder}: no <class>/<name>.npz in it; features of videos: python extract_features.py "
-                             f"{folder} feats/")
+        self.paths = sorted(Path(folder).glob("[!.]*/[!.]*.npz"))
+        with about(folder):
+            assert self.paths, f"no <class>/<name>.npz; for videos: python extract_features.py {folder} feats/"
+        self.names, self.inside, self.lengths = names, {}, []
         self.ids = [f"{p.parent.name}/{p.stem}" for p in self.paths]
-        self.classes = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != ".")
+        self.classes = sorted(p.name for p in Path(folder).glob("[!.]*") if p.is_dir())
         self.labels = [self.classes.index(p.parent.name) for p in self.paths]
         for i, path in enumerate(self.paths):
             F, other = self.load(i)
             made = other["settings"] | {name: v.shape[1:] for name, v in F.items()}
             first = first if i else made
-            if made != first:
-                differs = sorted(k for k in made | first if made.get(k) != first.get(k))
-                raise InputError(f"{path}: other {', '.join(differs)} than {self.paths[0]}; extract one of them again")
+            if differs := [k for k in made | first if made.get(k) != first.get(k)]:
+                raise InputError(f"{path}: other {', '.join(differs)} than {self.paths[0]}")
             self.lengths.append(len(F[names[0]]))
-            self.cut_off += [self.ids[i]] if other["warning"] else []
+            self.inside[i] = other.get("inside")
         self.extraction = other["settings"]
 
     def load(self, i, epoch=0):
@@ -493,76 +423,57 @@ class Features:
 
 
 class Planted:
-    """A built-in set on which both focuses are needed; the network's parts are right if it is learnt.
+    """A built-in set on which both focuses are needed: T = 24 frames of K = 8 objects.
 
-    T = 24 frames of K = 8 objects. In each video four snippets of two frames carry the action pattern of an
-    emotion: one of the true emotion, three of others. Only in the true snippet is one object, the first, a
-    confident "key" (class 0, 0.95); all others, there and everywhere, are weak detections (0.05 to 0.5) of five
-    classes, class 0 among them. Training videos are drawn anew in every epoch.
-    """
+    Four two-frame snippets carry the action pattern of an emotion, one the true one's. Only there is the first object a
+    confident "key" (class 0, 0.95); all others are weak detections (0.05 to 0.5) of five classes, 0 among them. Each
+    epoch draws new training videos."""
     T, K, TRAIN, TEST = 24, 8, 1000, 500
-    classes, extraction, cut_off = ["anger", "disgust", "fear", "joy", "sadness", "surprise"], {}, []
+    classes, extraction = ["anger", "disgust", "fear", "joy", "sadness", "surprise"], {}
 
     def __init__(self, seed):
         n = self.TRAIN + self.TEST
         self.seed, self.labels, self.lengths = seed, [i % 6 for i in range(n)], [self.T] * n
-        self.patterns = 1.5 * np.random.default_rng([seed, 0]).standard_normal((6, 32))
         self.ids = [f"{self.classes[label]}/{i}" for i, label in enumerate(self.labels)]
-        self.splits = [(list(range(self.TRAIN)), list(range(self.TRAIN, n)))]
-        self.segments = {i: self.load(i)[1]["planted"] for i in range(self.TRAIN, n)}
+        self.patterns = 1.5 * np.random.default_rng([seed, 0]).standard_normal((6, 32))
+        self.inside = {i: self.load(i)[1]["inside"] for i in range(self.TRAIN, n)}
 
     def load(self, i, epoch=0):
         rng, T, K = np.random.default_rng([self.seed, 1, epoch if i < self.TRAIN else 0, i]), self.T, self.K
         F_A, F_S, F_O = rng.standard_normal((T, 32)), rng.standard_normal((T, 8)), np.zeros((T, K, 84))
-        weak = -np.sort(-rng.uniform(0.05, 0.5, (T, K, 1)), 1)         # the most probable first, as in a file
-        np.put_along_axis(F_O, rng.integers(0, 5, (T, K, 1)), weak, 2)
-        F_O[:, :, 80:] = np.sort(rng.uniform(0, 1, (T, K, 2, 2)), 2).reshape(T, K, 4)
+        np.put_along_axis(F_O, rng.integers(0, 5, (T, K, 1)), rng.uniform(0.05, 0.5, (T, K, 1)), 2)
+        F_O[:, :, 80:] = np.sort(rng.uniform(0, 1, (T, K, 2, 2)), 2).reshape(T, K, 4)  # boxes
         others = [c for c in rng.permutation(6) if c != self.labels[i]][:3]
         snippets = rng.permutation(T // 2)[:4]
         for snippet, emotion in zip(snippets, [self.labels[i], *others]):
             F_A[2 * snippet:2 * snippet + 2] += self.patterns[emotion]
-        planted = np.arange(T) // 2 == snippets[0]
-        F_O[planted, 0, :80] = 0.95 * np.eye(80)[0]
+        inside = np.arange(T) // 2 == snippets[0]
+        F_O[inside, 0, :80] = 0.95 * np.eye(80)[0]
         F = {name: torch.tensor(v, dtype=torch.float32) for name, v in zip(FEATURES, (F_A, F_S, F_O))}
-        return F, dict(frames=np.arange(T), seconds=np.arange(T), planted=planted, settings={}, warning="")
+        return F, dict(inside=inside)
 
 
 def read_list(path, ids):
-    """Positions in ids of the videos that a split list names, and the names that are not among them.
+    """Positions in ids of the videos that a split list names. If some are not there, every number is marked.
 
-    A line is "class/name [label]", or "name [label]" where one class alone has it; a video's suffix is optional.
-    The label is not believed (lists count from 0 or from 1): the folder is the class. Raises InputError.
-    """
+    A line: class/name, or a name that one class alone has; a suffix and a label may follow, and are not believed."""
     same = lambda name: unicodedata.normalize("NFC", name.replace("\\", "/"))
-    known, found, missing = {}, [], []
+    bare = lambda name: name[:name.rindex(".")] if name.lower().endswith(SUFFIXES) else name
+    known, found, missing = defaultdict(list), [], []
     for i, identity in enumerate(map(same, ids)):
-        for name in (identity, identity.split("/", 1)[-1]):
-            known.setdefault(name, []).append(i)
-    suffix = re.compile(rf"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
-    with about(path, "it is a split list in UTF-8; name others with --split TRAIN TEST"):
+        for name in {identity, identity.split("/")[-1]}:
+            known[name].append(i)
+    with about(path, "name lists with --split TRAIN TEST"):
         for line in filter(None, map(str.strip, Path(path).read_text(encoding="utf-8-sig").split("\n"))):
-            names = [same(name) for name in (line, re.sub(r"\s+\d+$", "", line))]    # and without a label
-            hits = next((known[n] for n in (*names, *(suffix.sub("", n) for n in names)) if n in known), [])
-            assert len(hits) < 2, f"{' and '.join(ids[i] for i in hits)} are both called {names[1]}; write class/name"
-            found += hits
-            missing += [] if hits else [names[1]]
-        assert found or missing, "an empty split list"
-    return list(dict.fromkeys(found)), missing
-
-
-def listed(path, data, args):
-    """The positions of a list's videos. InputError if some have no features, unless --allow-missing."""
-    found, missing = read_list(path, data.ids)
-    line = (f"{path}: {len(missing)} of {len(found) + len(missing)} listed videos have no features in {args.data}: "
-            f"{', '.join(missing[:3])}, ... (a line names a video as {data.ids[0]})")
-    if missing and not args.allow_missing:
-        raise InputError(line + ("; go on without them: --allow-missing" if len(found) > len(missing) else ""))
+            names = [same(line), same(re.sub(r"\s+\d+$", "", line))]  # with a label, and without
+            hits = next((known[n] for n in (*names, *map(bare, names)) if n in known), [])
+            found += hits if len(hits) == 1 else []
+            missing += [names[1]] if len(hits) != 1 else []
     if missing:
-        say(f"missing  {line}")
-    return found
+        MARKS.append(f"{len(missing)} MISSING")
+        say(f"missing  {path}: {', '.join(missing[:5])}, ...; there are {ids[0]}, ...")
+    return list(dict.fromkeys(found))
 
-
-# ---- Files and failures ----
 
 class InputError(Exception):
     """A failure that the user can mend, in one line that names the file."""
@@ -576,13 +487,13 @@ def about(path, remedy=""):
     except InputError:
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, AssertionError):                      # a library's first sentence
-            reason = reason.split(". ")[0][:300]
-        raise InputError(f"{path}: {reason}" + (f"; {remedy}" if remedy else "")) from error
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        if not isinstance(error, AssertionError):
+            reason = reason.split(". ")[0][:300]  # a library's first sentence
+        raise InputError(f"{path}: {reason}" + f"; {remedy}" * bool(remedy)) from error
 
 
-MARKS = []                       # "SYNTHETIC", "RANDOM WEIGHTS", "LEAKED": they end every line with a number
+MARKS = []  # "SYNTHETIC", "RANDOM WEIGHTS", "LEAKED", "3 MISSING": they end every line with a number
 
 
 def say(line, every_rank=False):
@@ -592,59 +503,45 @@ def say(line, every_rank=False):
 
 
 def write_whole(path, content):
-    """Writes bytes beside their place, then renames: the old file or the new one, whole. Raises InputError."""
-    part = path.parent / f".{secrets.token_hex(8)}.part"
-    with about(path, "make room, or choose another folder; finished files are kept"):
+    """Writes bytes beside their place, then renames: the old file or the new one, whole."""
+    with about(path, "make room, or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(content)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        part = path.parent / f".{os.getpid()}.part"
+        part.write_bytes(content)
+        part.replace(path)
 
 
 def load_checkpoint(path):
-    """What `run` saved; nothing in the file runs. Raises InputError."""
-    with about(path, "it should be a run0.pt of dfan.py; a damaged one may be deleted, to train again"):
+    """What `run` saved; no code in it runs."""
+    with about(path, "a damaged run0.pt may be deleted, to train again"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         assert saved["settings"] and saved["model"] and saved["history"]
         return saved
 
 
-def settings_of(data, train, test, args, seed):
-    """What makes a run's numbers what they are: with other settings a checkpoint is another run's."""
-    shape = [v.shape[-1] for v in as_inputs(data.load(train[0])[0], args.features, args.objects)]
-    names = ("hidden", "lr", "batch", "beta", "fusion", "features", "objects", "raw")
-    return {name: getattr(args, name) for name in names} | dict(
-        dataset=args.dataset if args.data else "planted", seed=seed, shape=shape, classes=data.classes,
-        extraction=data.extraction, videos=[[data.ids[i] for i in part] for part in (train, test)])
-
-
-def resume(number, settings, args, model, optimizer):
-    """The path of a run's checkpoint and its history so far, model and optimizer set to it. Raises InputError.
-
-    A run of the same settings is used wherever it lies in --out; below it are the rows of --reproduce.
-    """
+def resume(number, data, train, test, args):
+    """A run's settings, the path of its checkpoint, and the checkpoint or {}: it is used wherever it lies in --out."""
+    settings = {k: vars(args)[k] for k in "hidden lr batch beta fusion features objects raw".split()} | dict(
+        seed=args.seed + number, classes=data.classes, extraction=data.extraction,
+        shape=[v.shape[-1] for v in as_inputs(data.load(train[0])[0], args.features, args.objects)],
+        videos=[[data.ids[i] for i in part] for part in (train, test)])
     path = Path(args.out, f"run{number}.pt")
-    for other in [path, *sorted(Path(args.root).rglob(path.name))]:
-        if other.exists():
-            saved = load_checkpoint(other)
-            differs = [k for k in settings if saved["settings"].get(k) != settings[k]]
-            differs += ["epochs"] * (len(saved["history"]) > args.epochs)
-            if not differs:
-                model.load_state_dict(saved["model"])
-                optimizer.load_state_dict(saved["optimizer"])
-                say(f"run {number}  goes on from {other}, epoch {len(saved['history'])}", every_rank=True)
-                return other, saved["history"]
-            if other == path:
-                raise InputError(f"{path}: trained with other {', '.join(differs)}; choose another --out")
-    return path, []
+    for other in sorted(Path(args.root).rglob(path.name), key=lambda p: p != path):
+        saved = load_checkpoint(other)
+        differs = [k for k in settings if saved["settings"].get(k) != settings[k]]
+        differs += ["epochs"] * (len(saved["history"]) > args.epochs)
+        if not differs:
+            say(f"run {number}  goes on from {other}, epoch {len(saved['history'])}", every_rank=True)
+            return settings, other, saved
+        if other == path:
+            raise InputError(f"{path}: trained with other {', '.join(differs)}; choose another --out")
+    return settings, path, {}
 
 
 # ---- Section 4: tables and figures ----
 
-BOTH = (53.34, 57.37)            # accuracies in %: VideoEmotion, Ekman, as the paper prints them
-ROWS = {                         # what: (row, the settings that make it, the paper's accuracies or None)
+BOTH = (53.34, 57.37)  # accuracies in %: VideoEmotion, Ekman, as the paper prints them
+ROWS = {  # what: (row, the settings that make it, the paper's accuracies or None)
     "table1": [("action", dict(features=("action",), fusion="time"), (51.51, 56.42)),
                ("scene", dict(features=("scene",), fusion="time"), (39.08, 45.47)),
                ("objects", dict(features=("objects",)), (18.74, 23.16)),
@@ -653,83 +550,41 @@ ROWS = {                         # what: (row, the settings that make it, the pa
     "table2": [("Max. Pool", dict(fusion="max"), (49.48, 53.12)), ("Avg. Pool", dict(fusion="avg"), (50.02, 54.28)),
                ("T.Focus", dict(fusion="time"), (51.88, 55.93)), ("T.Focus + O.Focus", {}, BOTH)],
     "figure2": [(f"top {K} objects", dict(objects=K), None) for K in (2, 4, 8, 16)],
-    "figure3": [("T.Focus + O.Focus", {}, BOTH)],
-    "figure4": [("T.Focus + O.Focus", {}, BOTH)]}
-DIAGONALS = ("50 8 65 66 67 58 86 17", "51 54 59 54 53 64")            # of figure 3, in %, emotions by name
+    **dict.fromkeys(("figure3", "figure4"), [("T.Focus + O.Focus", {}, BOTH)])}
 
 
-def reproduce(data, splits, args):
-    """Trains the rows of a table or figure, prints them beside the paper's: {what: {row: summary}}."""
-    column, found = ("videoemotion", "ekman").index(args.dataset), {}
-    videos, classes = ((1101, 8), (1637, 6))[column]                   # 1,099 of the 1,101 are in circulation
-    the_papers = not MARKS and len(data.classes) == classes and abs(sum(map(len, splits[0])) - videos) <= 2
-    for what in ROWS if args.reproduce == "all" else [args.reproduce]:
-        found[what], lines, first = {}, [], None
-        for row, changed, paper in ROWS[what]:
-            cell = argparse.Namespace(**vars(args) | changed | dict(out=f"{args.out}/{row.replace(' ', '')}"))
-            results = protocol(data, splits, cell)
-            found[what][row] = summary(results, data, cell)
-            ours, macro = ([100 * r[name] for r in results] for name in ("accuracy", "macro"))
-            first = first or ours
-            lines.append(f"  {row:<18} paper {paper[column] if paper else '-':>5}  ours {mean_std(ours)}  macro "
-                         f"{mean_std(macro)}  minus first row {mean_std(np.subtract(ours, first))}")
-            if the_papers and paper:
-                lines[-1] += f"  {np.mean(ours) - paper[column]:+.2f} to the paper"
-            for name, key in (("segments, share", "A_T"), ("planted object", "A_o")):
-                if name in results[0]["attention"]:
-                    lines[-1] += f"  {name} {np.mean([r['attention'][name][key] for r in results]):.3f}"
-        say(f"{what}: accuracy in %, mean ± standard deviation, n = {len(results)}")
-        for line in lines:
-            say(line)
-        if what == "figure3":
-            print_confusion(results, data, splits[0][1])
-            say(f"  the paper's diagonal: {DIAGONALS[column]}")
-        if what == "figure4":  # the first validation video of each class
-            saved = load_checkpoint(results[0]["checkpoint"])
-            for _, i in sorted({data.labels[i]: i for i in reversed(splits[0][1])}.items()):
-                target = Path(args.out, f"figure4-{data.ids[i].replace('/', '-')}")
-                video = find_video(args.videos, data.ids[i]) if args.videos else None
-                show(data.ids[i], target, *data.load(i), saved, args, video, data.segments.get(i, ()))
+def report(what, data, splits, args):
+    """Trains the rows of a table or figure, or the one of the options (what None): {row: what results.json says of it}."""
+    found, lines = {}, []
+    for row, changed, paper in ROWS.get(what, [("result", {}, None)]):
+        out = f"{args.out}/{row.replace(' ', '')}" if what else args.out
+        cell = argparse.Namespace(**vars(args) | changed | dict(out=out))
+        results = protocol(data, splits, cell)
+        for name, numbers in results[0]["attention"].items():
+            means = {k: np.mean([r["attention"][name][k] for r in results]) for k in numbers}
+            say(f"attention  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
+                + "  nearly uniform" * bool(means.get("max/min", 2) < 1.3))
+        found[row] = dict(settings=vars(cell), marks=MARKS, classes=data.classes, runs=results)
+        values = {name: np.array([r[name] for r in results]) for name in ("accuracy", "macro")}
+        if what:
+            first = values["accuracy"] if len(found) == 1 else first
+            values["minus first row"] = values["accuracy"] - first
+        lines.append(f"{row:<18}")
+        for name, v in values.items():
+            found[row][name] = dict(mean=v.mean(), std=v.std(ddof=len(v) > 1))
+            lines[-1] += f"  {name} {100 * v.mean():5.2f} ± {100 * v.std(ddof=len(v) > 1):.2f}"
+        lines[-1] += f"  paper {paper[args.dataset == 'ekman']}" if paper else ""
+    counts = np.bincount([data.labels[i] for i in splits[0][1]], minlength=len(data.classes))
+    say(f"{'true / predicted':<18}videos" + "".join(f"{c:>14}" for c in data.classes))  # figure 3
+    for c, n, values in zip(data.classes, counts, np.mean([r["confusion"] for r in results], 0)):
+        say(f"  {c:<16}{n:>6}" + "".join(f"{v:>14.2f}" for v in values))
+    if what == "figure4":  # the first validation video of each class
+        saved = load_checkpoint(results[0]["checkpoint"])
+        for i in {data.labels[i]: i for i in reversed(splits[0][1])}.values():
+            show(data.ids[i], Path(args.out, f"figure4-{data.ids[i].replace('/', '-')}"), *data.load(i), saved, args)
+    for line in (f"{what or 'last epoch'}: in %, mean ± standard deviation, n = {len(results)}", *lines):
+        say(line)
     return found
-
-
-def mean_std(values):
-    return f"{np.mean(values):5.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
-
-
-def summary(results, data, args):
-    """What results.json says of the runs of one protocol."""
-    values = {name: [r[name] for r in results] for name in ("accuracy", "macro")}
-    return dict(settings=vars(args), marks=MARKS, classes=data.classes, runs=results, **{
-        name: dict(mean=np.mean(v), std=np.std(v, ddof=1) if len(v) > 1 else 0.) for name, v in values.items()})
-
-
-def print_confusion(results, data, test):
-    """Figure 3: rows are the true emotion, normalised; the mean over the runs."""
-    counts = np.bincount([data.labels[i] for i in test], minlength=len(data.classes))
-    say(f"{'true / predicted':<18}videos" + "".join(f"{c:>14}" for c in data.classes))
-    for c, n, row in zip(data.classes, counts, np.mean([r["confusion"] for r in results], 0)):
-        say(f"  {c:<16}{n:>6}" + "".join(f"{v:>14.2f}" for v in row))
-
-
-def report(results, data, splits):
-    """Prints each run, mean and standard deviation, the confusion matrix and what the attention does."""
-    for n, r in enumerate(results):
-        say(f"result   run {n}  seed {r['seed']}  accuracy {r['accuracy']:.4f}  macro {r['macro']:.4f}  (last epoch)")
-    for name in ("accuracy", "macro") if len(results) > 1 else ():
-        say(f"result   {name} in %: {mean_std([100 * r[name] for r in results])}  (n = {len(results)})")
-    print_confusion(results, data, splits[0][1])
-    for name, numbers in results[0]["attention"].items():
-        means = {k: np.mean([r["attention"][name][k] for r in results]) for k in numbers}
-        say(f"attention  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-            + ("  nearly uniform" if means.get("max/min", 2) < 1.3 else ""))
-
-
-# ---- What does the attention do? Does A_T find the emotional moments? ----
-
-MEASURES = {                     # of the attention A (T,) on a segment (T,) bool
-    "average precision": average_precision_score, "share": lambda segment, A: A[segment].sum() / A.sum(),
-    "hit rate": lambda segment, A: segment[A == A.max()].mean()}
 
 
 def limit_of(m, n):
@@ -737,298 +592,180 @@ def limit_of(m, n):
     return m * np.e / (m * np.e + (n - m) / np.e)
 
 
-def attention(data, test, outputs):
-    """{name: {what: number}} on the validation videos: medians of the most attended, means over the segments.
-
-    The centre prior is exp(G), G from 1 in the middle to -1 at both ends.
-    """
-    rows = {}
-    for i, out in zip(test, outputs):
-        for name, As in (("frame", out["A_T"][None]), ("object", out["A_o"])):
-            As = [A[A > 0] for A in As if (A > 0).sum() > 1]
-            spread = [(A.max() * len(A), limit_of(1, len(A)) * len(A), A.max() / A.min()) for A in As]
-            if As:
-                rows.setdefault(f"most attended {name}", []).append(
-                    dict(zip(("times uniform", "limit", "max/min"), np.median(spread, 0))))
-        A_T, segment = out["A_T"], data.segments.get(i, np.zeros(1, bool))
-        if segment.min() < segment.max():
-            priors = dict(A_T=A_T, uniform=np.ones(len(A_T)), centre=np.exp(1 - 2 * np.linspace(-1, 1, len(A_T)) ** 2))
-            for name, measure in MEASURES.items():
-                rows.setdefault(f"segments, {name}", []).append({who: measure(segment, A) for who, A in priors.items()})
-            rows["segments, share"][-1]["limit"] = limit_of(segment.sum(), len(segment))
-        if isinstance(data, Planted) and out["A_o"].size:
-            share = out["A_o"][segment, :1].sum() / 2
-            rows.setdefault("planted object", []).append(dict(A_o=share, uniform=1 / data.K, limit=limit_of(1, data.K)))
+def attention(data, outputs):
+    """{what: {who: number}} on the validation videos: medians of the most attended, means of the shares in segments."""
+    rows = defaultdict(list)
+    for i, out in outputs.items():
+        inside, A_o = data.inside.get(i), out["A_o"]
+        for name, As in (("frame", out["A_T"][None]), ("object", A_o)):
+            for A in (A[A > 0] for A in As if (A > 0).sum() > 1):
+                rows[f"most attended {name}"].append({
+                    "times uniform": A.max() * len(A), "limit": limit_of(1, len(A)) * len(A), "max/min": A.max() / A.min()})
+        if inside is not None:
+            rows["segments"].append(dict(
+                A_T=out["A_T"][inside].sum(), uniform=inside.mean(), limit=limit_of(inside.sum(), len(inside))))
+        if isinstance(data, Planted) and A_o.size:
+            rows["planted object"].append(dict(A_o=A_o[inside, 0].mean(), uniform=1 / data.K, limit=limit_of(1, data.K)))
     middle = lambda name: np.median if name.startswith("most") else np.mean
-    return {name: {k: float(middle(name)([v[k] for v in row])) for k in row[0]} for name, row in rows.items()}
+    return {name: {who: float(middle(name)([v[who] for v in row])) for who in row[0]} for name, row in rows.items()}
 
 
-def read_segments(path, data):
-    """Annotated emotional segments into data.segments, from a CSV with columns video (class/name.mp4) and
-    key_segment_1, ..., each empty or a range in minutes'seconds, as 0'3-0'10. Raises InputError."""
-    position, skipped = {name: i for i, name in enumerate(data.ids)}, 0
-    with about(path, "it needs the columns video and key_segment_1 with ranges such as 0'3-0'10"):
-        rows = csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines())
-        for video, cell in [(row["video"], row[k]) for row in rows for k in row if (k or "").startswith("key_seg") and row[k]]:
-            i = position.get(os.path.splitext(video)[0])
-            match = re.fullmatch(r"(\d+)'(\d+)-(\d+)'(\d+)", cell.replace(" ", ""))
-            start, end = [60 * int(m) + int(s) for m, s in (match.group(1, 2), match.group(3, 4))] if match else (1, 0)
-            if i is None or start > end:
-                skipped += 1
-                continue
-            seconds = read_features(data.paths[i], ())[1]["seconds"]
-            data.segments[i] = (start <= seconds) & (seconds <= end) | data.segments.get(i, False)
-        assert data.segments, f"no segment of any of these videos; they are named as {data.ids[0]}.mp4"
-    say(f"segments {len(data.segments)} videos have some; {skipped} cells are no range, or of another video")
-
-
-# ---- Figure 4, and a video of one's own ----
-
-def show(source, target, F, other, saved, args, video=None, inside=()):
-    """Prints what the network of a checkpoint sees in one video; writes <target>.json and <target>.png, figure 4.
-
-    F, other: the features; video: its path, for the pictures; inside (T,) bool: a segment. Raises InputError.
-    """
+def show(source, target, F, other, saved, args, video=None):
+    """Prints what a checkpoint's network sees in a video; writes <target>.json, and <target>.png with its frames."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights as weights
     names = [name for name in weights.COCO_V1.meta["categories"] if name not in ("__background__", "N/A")]
-    settings, classes, moments = saved["settings"], saved["settings"]["classes"], []
-    with about(source, "are these features like those that the network was trained on?"):
-        assert {"seconds", "frames"} <= set(other), "it has no arrays seconds and frames"
-        seconds, frames = other["seconds"].tolist(), other["frames"].tolist()
+    settings, classes, objects = saved["settings"], saved["settings"]["classes"], []
+    with about(source, "are these features like those of the training?"):
         model = make_network(settings, args.literal).eval()
         model.load_state_dict(saved["model"])
-        inputs = as_inputs(F, settings["features"], settings["objects"], saved["standard"])
+        F_A, F_S, F_O = as_inputs(F, settings["features"], settings["objects"], saved["standard"])
         with torch.no_grad():
-            out = {name: v[0].numpy() for name, v in model(*(v[None] for v in inputs)).items()}
-        assert np.isfinite(out["P"]).all(), "the network gives NaN"
-        assert len(out["P"]) == len(seconds) == len(frames), "frames or seconds of another length"
-    P, A_T, F_O = out["P"], out["A_T"] * len(frames), inputs[2].numpy()
-
-    def describe(k, A_o, F_o):
-        found = dict(name=f"object {k}", A_o=float(A_o[k]), times_uniform=float(A_o[k] * (A_o > 0).sum()))
-        if F_o.shape[-1] == 84:                                        # another detector's columns are unknown
-            probabilities, box = np.split(F_o[k], [80])
-            found |= dict(name=names[probabilities.argmax()], probability=float(probabilities.max()), box=box.tolist())
-        return found
-
-    objects = [[describe(k, A_o, F_o) for k in (-A_o).argsort(kind="stable") if A_o[k] > 0]
-               for A_o, F_o in zip(out["A_o"], F_O)]
-    for t in (-A_T).argsort(kind="stable"):
-        if len(moments) < 3 and all(abs(seconds[t] - m["seconds"]) >= min(1, seconds[-1] / 6) for m in moments):
-            moments.append(dict(seconds=seconds[t], frame=frames[t], times_uniform=float(A_T[t]), objects=objects[t][:3]))
-    found = dict(video=str(source), emotion=classes[vote(torch.tensor(P[None]), [len(P)])[0]], moments=moments,
-                 probabilities=dict(zip(classes, P[-LAST_FRAMES:].mean(0).tolist())), marks=MARKS,
-                 warning=other["warning"], seconds=seconds, frames=frames, A_T=out["A_T"].tolist(),
+            out = {name: v[0].numpy() for name, v in model(F_A[None], F_S[None], F_O[None]).items()}
+    P, A_T = out["P"], out["A_T"] * len(F_A)
+    seconds, frames = (np.array(other.get(name, range(len(P)))).tolist() for name in ("seconds", "frames"))
+    for A_o, F_o in zip(out["A_o"], F_O.numpy()):  # another detector's columns are unknown
+        there = [k for k in (-A_o).argsort(kind="stable") if A_o[k] > 0 and F_o.shape[-1] == 84]
+        objects.append([dict(name=names[F_o[k, :80].argmax()], probability=float(F_o[k, :80].max()), A_o=float(A_o[k]),
+                             times_uniform=float(A_o[k] * len(there)), box=F_o[k, 80:].tolist()) for k in there])
+    best = [part[A_T[part].argmax()] for part in np.array_split(range(len(P)), min(4, len(P)))]  # of each quarter
+    moments = [dict(seconds=seconds[t], frame=frames[t], times_uniform=float(A_T[t]), objects=objects[t][:3]) for t in best]
+    last = dict(zip(classes, P[-LAST_FRAMES:].mean(0).tolist()))
+    found = dict(video=str(source), emotion=classes[vote(torch.tensor(P[None]), [len(P)])[0]], probabilities=last,
+                 moments=moments, marks=MARKS, seconds=seconds, frames=frames, A_T=out["A_T"].tolist(),
                  P=dict(zip(classes, P.T.tolist())), objects=objects)
-    sure = sorted(found["probabilities"].items(), key=lambda pair: -pair[1])
-    say(f"{source}: {found['emotion']}  (mean of the last frames: " + ", ".join(f"{c} {100 * p:.1f} %" for c, p in sure) + ")")
-    for m in moments:
+    flat = ", attention nearly uniform" * bool(A_T.max() < 1.3 * A_T.min())
+    say(f"{source}: {found['emotion']}  (mean of the last frames: "
+        + ", ".join(f"{c} {100 * p:.1f} %" for c, p in sorted(last.items(), key=lambda pair: -pair[1])) + f"){flat}")
+    for m in sorted(moments, key=lambda m: -m["times_uniform"])[:3]:
         say(f"  {m['seconds']:7.1f} s  attention {m['times_uniform']:.2f} times uniform: " + ", ".join(
-            f"{o['name']} {o.get('probability', 0):.2f} ({o['times_uniform']:.2f})" for o in m["objects"]))
-    flat = ", attention nearly uniform" if A_T.max() < 1.3 * A_T.min() else ""
-    say(f"  {target}.png, {target}.json{flat}" + f"  WARNING {other['warning']}" * bool(other["warning"]))
+            f"{o['name']} {o['probability']:.2f} ({o['times_uniform']:.2f})" for o in m["objects"]))
     write_whole(Path(f"{target}.json"), json.dumps(found).encode())
-    draw(Path(f"{target}.png"), "  ".join([f"{source}: {found['emotion']}{flat}", *MARKS]), found, video, inside)
+    title = "  ".join([f"{source}: {found['emotion']}{flat}", *MARKS])
+    draw(Path(f"{target}.png"), title, A_T, P, found, video, other.get("inside"))
+    say(f"  {target}.png, {target}.json")
 
 
-def find_video(folder, identity):
-    """The video class/name below a folder. Raises InputError."""
-    label, name = identity.split("/")
-    found = [p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.stem == name and label in p.parts]
-    if len(found) != 1:
-        raise InputError(f"{folder}: {len(found)} videos are called {identity}; --videos is the extracted folder")
-    return found[0]
-
-
-def video_frames(path, numbers):
-    """The decoded frames (H,W,3), BGR, of these numbers, rising; a damaged packet is passed over."""
-    import cv2
-    os.environ |= dict(OPENCV_FFMPEG_READ_ATTEMPTS="1000000", OPENCV_FFMPEG_LOGLEVEL="-8")
-    video, frames, number, failed = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG), [], 0, 0
-    while len(frames) < len(numbers) and failed < 200:
-        ok, frame = video.read()
-        frames += [frame] if ok and number == numbers[len(frames)] else []
-        number, failed = number + ok, 0 if ok else failed + 1
-    assert len(frames) == len(numbers), f"{path} has no frame {numbers[len(frames)]}; is it the extracted video?"
-    return frames
-
-
-def draw(path, title, found, video, inside):
-    """Figure 4: the most attended frame of each quarter with its three most attended boxes, A_T and P over time.
-
-    A box is grey at uniform attention, green at the limit of the tanh. Writes a PNG. Raises InputError.
-    """
+def draw(path, title, A_T, P, found, video, inside):
+    """Figure 4: the moments' frames, A_T and P over time. A box is grey at uniform attention, green at 4 times."""
     with about(path, "pictures need cv2; on a server: pip install opencv-python-headless"):
         import cv2
-        A_T, seconds = len(found["A_T"]) * np.array(found["A_T"]), np.array(found["seconds"])
-        P, T = np.array(list(found["P"].values())), len(A_T)           # (C,T)
-        best = [part[A_T[part].argmax()] for part in np.array_split(np.arange(T), min(4, T))]
-        grey = np.full((len(best), 270, 384, 3), 90, np.uint8)
-        frames = video_frames(video, [found["frames"][t] for t in best]) if video else grey
-        image, blue = np.full((900, 1600, 3), 255, np.uint8), (220, 90, 30)
+    (T, C), image, moments = P.shape, np.full((900, 1600, 3), 255, np.uint8), found["moments"]
+    frames = [] if video else [np.full((270, 384, 3), 90, np.uint8)] * len(moments)
+    os.environ["OPENCV_FFMPEG_READ_ATTEMPTS"] = "1000000"  # packets of sound between two pictures
+    decoder, number, failed = video and cv2.VideoCapture(os.path.abspath(video), cv2.CAP_FFMPEG), 0, 0
+    while len(frames) < len(moments) and failed < 200:  # a damaged packet is passed over, as in extraction
+        ok, frame = decoder.read()
+        frames += [frame] if ok and number == moments[len(frames)]["frame"] else []
+        number, failed = number + ok, 0 if ok else failed + 1
 
-        def write(text, x, y, image=image, colour=(30, 30, 30)):      # cv2's fonts are ASCII
-            cv2.putText(image, text.encode("ascii", "replace").decode(), (int(x), int(y)), 0, 0.7, colour, 1, cv2.LINE_AA)
+    def write(text, x, y, colour=(30, 30, 30), thick=1):  # cv2's fonts are ASCII
+        text = text.encode("ascii", "replace").decode()
+        cv2.putText(image, text, (int(x), int(y)), 0, 0.7, colour, thick, cv2.LINE_AA)
 
-        write(title, 12, 32)
-        for left, t, frame in zip(range(12, 1600, 396), best, frames):
-            scale = min(384 / frame.shape[1], 270 / frame.shape[0])
-            small = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)[:270, :384].copy()
-            K = len(found["objects"][t])
-            for rank, o in enumerate(found["objects"][t][:3]):
-                green = min(max((o["times_uniform"] - 1) / max(limit_of(1, K) * K - 1, 1e-6), 0), 1)
-                write(f"{rank + 1} {o['name']} {o['times_uniform']:.2f} x uniform", left, 342 + 26 * rank)
-                if "box" not in o:
-                    continue
-                x1, y1, x2, y2 = (np.array(o["box"]) * np.tile(small.shape[1::-1], 2)).astype(int).tolist()
-                cv2.rectangle(small, (x1, y1), (x2, y2), (170 * (1 - green), 170 + 40 * green, 170 * (1 - green)), 3)
-                x1, y1 = min(x1, small.shape[1] - 72) + 24 * rank, min(y1, small.shape[0] - 26)
-                cv2.rectangle(small, (x1, y1), (x1 + 23, y1 + 25), (0, 0, 0), -1)
-                write(f"{rank + 1}", x1 + 5, y1 + 20, small, (255, 255, 255))
-            image[46:46 + len(small), left:left + small.shape[1]] = small
-            write(f"{seconds[t]:.1f} s", left, 420)
-        x = (100 + 1480 * (seconds - seconds[0]) / max(seconds[-1] - seconds[0], 1e-3)).astype(int).tolist()
-        high = max(1.1 * A_T.max(), 2)
-        y = (690 - 230 * A_T / high).astype(int).tolist()
-        for t in np.flatnonzero(inside):
-            cv2.rectangle(image, (x[t], 460), (x[min(t + 1, T - 1)], 690), (190, 240, 250), -1)
-        for v in {0, 1, int(high)}:
-            cv2.line(image, (100, int(690 - 230 * v / high)), (1580, int(690 - 230 * v / high)), (180, 180, 180), 1)
-            write(f"{v} x", 40, 697 - 230 * v / high)
-        cv2.polylines(image, [np.stack([x, y], 1)], False, blue, 2, cv2.LINE_AA)
-        for t in best:
-            cv2.circle(image, (x[t], y[t]), 6, blue, -1, cv2.LINE_AA)
-        for t in (0, T // 2, T - 1):
-            write(f"{seconds[t]:.1f} s", min(x[t], 1520), 716)
-        write("A_T, times uniform" + "; shaded: the emotional segment" * bool(np.any(inside)), 100, 452)
-        hues = np.array([[[180 * c // len(P), 170, 220]] for c in range(len(P))], np.uint8)
-        colours = cv2.cvtColor(hues, cv2.COLOR_HSV2BGR)[:, 0]
-        now = np.searchsorted(seconds, np.linspace(seconds[0], seconds[-1], 1480))  # the frame of each column
-        image[730:820, 100:1580] = colours[(np.linspace(0, 1, 90)[:, None, None] > P.cumsum(0)[:-1, now].T).sum(-1)]
-        write("P", 60, 780)
-        for c, name in enumerate(found["P"]):
-            cv2.circle(image, (112 + c * 1480 // len(P), 852), 12, colours[c].tolist(), -1, cv2.LINE_AA)
-            write(name[:14], 132 + c * 1480 // len(P), 859)
-        write_whole(path, cv2.imencode(".png", image)[1].tobytes())
+    write(title, 12, 32)
+    for left, moment, frame in zip(range(12, 1600, 396), moments, frames):
+        scale = min(384 / frame.shape[1], 270 / frame.shape[0])
+        small = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        h, w = small.shape[:2]
+        image[46:46 + h, left:left + w] = small
+        write(f"{moment['seconds']:.1f} s", left, 420)
+        for rank, o in enumerate(moment["objects"], 1):
+            green = np.clip((o["times_uniform"] - 1) / 3, 0, 1)
+            x1, y1, x2, y2 = (np.array(o["box"]) * [w, h, w, h] + [left, 46, left, 46]).astype(int).tolist()
+            cv2.rectangle(image, (x1, y1), (x2, y2), (170 * (1 - green), 170 + 40 * green, 170 * (1 - green)), 3)
+            for colour, thick in ((0, 6), ((255, 255, 255), 2)):  # readable on any frame
+                write(f"{rank}", x1 + 24 * rank - 20, y1 + 22, colour, thick)
+            write(f"{rank} {o['name']} {o['times_uniform']:.2f} x uniform", left, 316 + 26 * rank)
+    now, high = np.arange(1480) * T // 1480, max(1.1 * A_T.max(), 2)  # the frame of each column
+    curve = image[460:691, 100:1580]
+    if inside is not None:
+        curve[:, inside[now]] = (190, 240, 250)
+    for v in range(int(high) + 1):
+        curve[int(230 - 230 * v / high)] = 180
+        write(f"{v} x", 40, 697 - 230 * v / high)
+    line = np.stack([np.arange(1480), 230 - 230 * A_T[now] / high], 1).astype(int)
+    cv2.polylines(curve, [line], False, (220, 90, 30), 2, cv2.LINE_AA)
+    write(f"A_T in times uniform (shaded: a segment), and P, over {found['seconds'][-1]:.1f} s", 100, 452)
+    colours = cv2.applyColorMap((np.arange(C)[None] * 255 // C).astype(np.uint8), cv2.COLORMAP_TURBO)[0]
+    image[730:820, 100:1580] = colours[(np.linspace(0, 1, 90)[:, None, None] > P.cumsum(1)[now, :-1]).sum(-1)]
+    for x, name, colour in zip(range(100, 1580, 1480 // C), found["P"], colours.tolist()):
+        write(name[:14], x, 859, colour, 2)
+    write_whole(path, cv2.imencode(".png", image)[1].tobytes())
 
 
 def predict(source, saved, args):
-    """Shows one .npz, or one video: its features are extracted as those of the checkpoint were. Raises InputError."""
+    """Shows an .npz, or a video: its features are first extracted as those of the checkpoint were."""
     path, video, extraction = Path(source), None, saved["settings"]["extraction"]
-    if path.suffix.lower() in SUFFIXES and path.is_file():
-        if not extraction.get("options"):
-            raise InputError(f"{source}: {args.checkpoint} was not trained on features of extract_features.py; give an .npz")
-        script, tuned = Path(__file__).with_name("extract_features.py"), extraction["tuned_on"]
-        options = [*extraction["options"], *(["--tuned", saved["feats"]] if tuned else []), "--device", args.device]
-        if subprocess.run([sys.executable, script, source, args.out, *options]).returncode:
-            raise InputError(f"{source}: no features of it, see above")
-        path, video = Path(args.out, f"{path.stem}.npz"), path
-    elif not path.exists():
-        raise InputError(f"{source}: no such file")
-    elif path.suffix != ".npz" or path.is_dir():
-        raise InputError(f"{source}: neither a video ({' '.join(SUFFIXES)}) nor an .npz of extract_features.py"
-                         + f", but a folder; give {source.rstrip('/')}/*.mp4" * path.is_dir())
-    F, other = read_features(path, saved["settings"]["features"])
-    if other["settings"] and extraction and other["settings"] != extraction:
-        raise InputError(f"{source}: not extracted as the features of {args.checkpoint} were; give the video")
-    MARKS[:] = ["RANDOM WEIGHTS"] * (other["settings"].get("random_weights") is not None)
+    with about(source):
+        assert path.is_file() and path.suffix.lower() in (".npz", *SUFFIXES), (
+            f"no .npz and no video ({' '.join(SUFFIXES)}); of a folder give {path}/*.mp4")
+        if path.suffix != ".npz":
+            assert "options" in extraction, f"{args.checkpoint} was not trained on features of extract_features.py"
+            script = Path(__file__).with_name("extract_features.py")
+            line = [sys.executable, script, source, args.out, *extraction["options"], "--device", args.device]
+            assert subprocess.run(line).returncode == 0, "no features of it, see above"
+            path, video = Path(args.out, f"{path.stem}.npz"), path
+        F, other = read_features(path, saved["settings"]["features"])
+        assert other["settings"] in ({}, extraction), f"not extracted as the features of {args.checkpoint} were"
     show(source, Path(args.out, path.stem), F, other, saved, args, video)
 
 
 # ---- Command line ----
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, usage=(
-        "%(prog)s [--data FEATS --dataset NAME] [--reproduce WHAT] [--predict FILE ... --checkpoint FILE] [options]"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--data", metavar="FEATS", help="folder that extract_features.py wrote (default: a built-in planted set)")
-    add("--dataset", choices=("videoemotion", "ekman"), default="ekman", help="ten 2/3-1/3 splits, or one fixed split")
-    add("--split", nargs="+", default=[], metavar="LIST", help="TRAIN TEST ... (default: FEATS/{train,test}list01.txt)")
-    add("--allow-missing", action="store_true", help="go on without listed videos that have no features")
-    add("--allow-leak", action="store_true", help="validate on videos that the backbones were tuned on, marked")
-    add("--segments", metavar="CSV", help="annotated emotional segments: does A_T find them?")
-    add("--raw", action="store_true", help="features as they are, not standardised")
-    add("--features", default=",".join(FEATURES), metavar="NAME,...", help="arrays of the .npz, or your own (T,D)")
-    add("--fusion", choices=("dual", "time", "avg", "max"), help="table 2 (default: dual; time without objects)")
-    add("--objects", type=int, default=OBJECTS, metavar="K", help=f"of a frame, at most (figure 2; default: {OBJECTS})")
+    add("--data", help="features (default: a planted set)")
+    add("--dataset", choices=("videoemotion", "ekman"), default="ekman", help="ten drawn splits, or a fixed one")
+    add("--split", nargs="+", default=[], help="TRAIN TEST ... (default: FEATS/*list01.txt)")
+    add("--raw", action="store_true", help="do not standardise the features")
+    add("--features", default=",".join(FEATURES), help="arrays of the .npz")
+    add("--fusion", choices=("dual", "time", "avg", "max"), help="table 2 (default: dual)")
+    add("--objects", type=int, default=OBJECTS, help=f"of a frame, at most (default: {OBJECTS})")
     add("--beta", type=float, default=BETA, help=f"of (10) (default: {BETA})")
-    add("--literal", action="store_true", help="run the equations as printed (slow; same results to rounding)")
-    for name, (default, planted, what) in NOT_IN_THE_PAPER.items():
-        add(f"--{name}", type=type(default), help=f"{what} (default: {default}; planted set: {planted})")
-    add("--runs", type=int, help="of one split (default: 1; --reproduce on the planted set: 5)")
-    add("--seed", type=int, default=0, help="of run 0; run i uses seed + i (default: 0)")
+    add("--literal", action="store_true", help="run the equations as printed (slow)")
+    for name, (default, what) in NOT_IN_THE_PAPER.items():
+        add(f"--{name}", type=type(default), default=default, help=f"{what} (default: {default})")
+    add("--runs", type=int, default=1, help="seeds of one split (default: 1)")
+    add("--seed", type=int, default=0, help="of run 0; run i has seed + i")
     add("--device", default=f"cuda:{ranks()[2]}" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--out", metavar="DIR", help="checkpoints, results, pictures (default: out; planted set: out/planted)")
-    add("--reproduce", choices=(*ROWS, "all"), help="a table or figure of section 4, beside the paper's")
-    add("--videos", metavar="DIR", help="folder that was extracted, for the frames of figure 4")
-    add("--predict", nargs="+", default=[], metavar="FILE", help="videos or .npz: emotion, moments, picture, JSON")
-    add("--checkpoint", metavar="FILE", help="the network of --predict: out/run0.pt")
+    add("--out", default="out", help="default: out; planted set: out/planted")
+    add("--reproduce", choices=ROWS, help="a table or figure, beside the paper's")
+    add("--predict", nargs="+", default=[], help="videos or .npz")
+    add("--checkpoint", default="out/run0.pt", help="of --predict")
     args = parser.parse_args(argv)
-    for name, (default, planted, _) in NOT_IN_THE_PAPER.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default if args.data else planted)
-    args.features = tuple(args.features.split(","))
+    if not args.data and not args.predict:
+        parser.set_defaults(**PLANTED, runs=5 if args.reproduce else 1)
+        args = parser.parse_args(argv)
+    args.root, args.features = args.out, tuple(args.features.split(","))
     args.fusion = args.fusion or ("dual" if "objects" in args.features else "time")
-    args.root = args.out = args.out or ("out" if args.data or args.predict else "out/planted")
-    args.runs = args.runs if args.runs is not None else 5 if args.reproduce and not args.data else 1
     if args.data and args.dataset == "ekman" and not args.split:
         args.split = [f"{args.data}/{name}list01.txt" for name in ("train", "test")]
-    stems, real = [Path(source).stem for source in args.predict], args.split or args.segments or args.dataset != "ekman"
-    for wrong, line in (
-            (bool(args.predict) != bool(args.checkpoint), "--predict and --checkpoint go together"),
-            (args.predict and (args.data or args.reproduce), "--predict does not train: no --data, no --reproduce"),
-            (len(stems) > len(set(stems)), "--predict: two files of one name; predict them into two --out folders"),
-            (not args.data and (real or set(args.features) - set(FEATURES)),
-             "--dataset, --split, --segments and --features of your own need --data"),
-            (len(args.split) % 2, "--split takes pairs of lists: TRAIN TEST"),
-            (not 0 <= args.beta <= 1, "--beta: must be in [0, 1]"), (not 0 <= args.seed < 2 ** 31, "--seed: must be in [0, 2^31)"),
-            *((not 0 < getattr(args, name) < 1e9, f"--{name}: must be greater than 0")
-              for name in (*NOT_IN_THE_PAPER, "runs", "objects"))):
-        if wrong:
-            parser.error(line)
+    if min(getattr(args, name) for name in (*NOT_IN_THE_PAPER, "runs", "objects")) <= 0 or args.seed < 0:
+        parser.error("numbers must be positive; --seed may be 0")
+    if not 0 <= args.beta <= 1 or len(args.split) % 2 or not args.data and set(args.features) - set(FEATURES):
+        parser.error("--beta must be in [0, 1], --split takes pairs of lists, --features of your own need --data")
     return args
 
 
 def main(argv=None):
-    """Returns the exit status. Raises InputError."""
-    MARKS.clear()
     args = parse_args(argv)
+    MARKS[:] = [] if args.data or args.predict else ["SYNTHETIC"]
     with about(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
-    with about(args.out, "choose another --out"):
-        Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.predict:
         saved = load_checkpoint(args.checkpoint)
         for source in args.predict:
             predict(source, saved, args)
-        return 0
+        return
     data = Features(args.data, FEATURES if args.reproduce else args.features) if args.data else Planted(args.seed)
-    random = data.extraction.get("random_weights") is not None
-    MARKS.extend(["SYNTHETIC"] * (not args.data) + ["RANDOM WEIGHTS"] * random)
-    say(f"data     {len(data.ids)} videos of {len(data.classes)} classes; torch {torch.__version__}, {args.device}")
-    if data.cut_off:
-        say(f"WARNING  {len(data.cut_off)} videos may be cut off: {', '.join(data.cut_off[:5])}, ...")
-    splits = make_splits(data, args) if args.data else data.splits
+    splits = make_splits(data, args) if args.data else [(range(data.TRAIN), range(data.TRAIN, len(data.ids)))]
     leaked = {data.ids[i] for _, test in splits for i in test} & set(data.extraction.get("tuned_on") or ())
-    if leaked and not args.allow_leak:
-        raise InputError(f"{args.data}: its backbones were tuned on {len(leaked)} of the validation videos: {min(leaked)}, "
-                         "...; tune on this split's training list alone, or have every number marked: --allow-leak")
-    MARKS.extend(["LEAKED"] * bool(leaked))
-    if args.segments:
-        read_segments(args.segments, data)
-    if args.reproduce:
-        results = reproduce(data, splits, args)
-    else:
-        runs = protocol(data, splits, args)
-        report(runs, data, splits)
-        results = summary(runs, data, args)
-    path = Path(args.out, "results.json")
-    with about(path, "delete it: finished runs are read back from their checkpoints"):
-        old = json.loads(path.read_text()) if path.exists() else {}
-        write_whole(path, json.dumps(old | results, indent=1).encode())
-    say(f"written  {path}; next: python dfan.py " + (
-        f"--predict VIDEO --checkpoint {args.out}/run0.pt" if args.data else "--reproduce figure4 --runs 1, or --data FEATS"))
-    return 0
+    MARKS.extend([f"{len(leaked)} LEAKED"] * bool(leaked))  # the backbones were tuned on validation videos
+    found, path = report(args.reproduce, data, splits, args), Path(args.out, "results.json")
+    write_whole(path, json.dumps(found if args.reproduce else found["result"], indent=1).encode())
+    more = f"--predict VIDEO --checkpoint {args.out}/run0.pt" if args.data else "--reproduce figure4 --runs 1"
+    say(f"written  {path}; next: python dfan.py {more}")
 
 
 def ranks():
@@ -1037,34 +774,25 @@ def ranks():
 
 
 def gather(value):
-    """[value of each of torchrun's processes], or [value]. Raises InputError if another has ended."""
-    if ranks()[1] == 1:
-        return [value]
-    with about("torchrun", "another of its processes has ended: its line says why"):
-        if not torch.distributed.is_initialized():
+    """[value of each of torchrun's processes], or [value]."""
+    values = [value] * ranks()[1]
+    with about("torchrun", "another process has ended: its line says why"):
+        if len(values) > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # runs are long
-        values = [None] * ranks()[1]
-        torch.distributed.all_gather_object(values, value)
+        if len(values) > 1:
+            torch.distributed.all_gather_object(values, value)
     return values
 
 
 def command(main):
     """Runs a script's main(), exits with its status; a user's failure becomes one line and status 2."""
-    script, status = Path(sys.argv[0]).name, 2
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")                  # names that a terminal cannot show
+        stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
-        status = main()
-    except (InputError, OSError) as failure:
-        line = f"{script}: {' '.join(str(failure).split())}"
-        print(line, file=sys.stderr, flush=True)
-        if report_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):   # so that torchrun's report ends in this line
-            message = dict(message=line, extraInfo=dict(timestamp=str(int(time.time()))))
-            Path(report_file).write_text(json.dumps(dict(message=message)))
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; finished files are kept; the same command goes on", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+        sys.exit(main())
+    except (InputError, OSError, KeyboardInterrupt) as failure:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(failure).split()) or 'interrupted'}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -401,11 +401,9 @@ def tune(name, backbone, images, labels, classes, device, seed):
 def finetune(args, videos, names, weights, files, device):
     """Tunes the networks that feats/tuned_<network>.pt does not hold yet. Raises InputError."""
     ids, feats = list(videos), Path(args.feats)
-    found, missing = read_list(args.finetune, ids)
-    if missing:
-        raise InputError(f"{args.finetune}: {len(missing)} listed videos are not in {args.videos}: {missing[0]}, ...; a "
-                         f"line names a video as {ids[0]}")
-    train = sorted(ids[i] for i in found)
+    train = sorted(ids[i] for i in read_list(args.finetune, ids))
+    with about(args.finetune):
+        assert train, f"none of its videos is in {args.videos}"
     classes = sorted({identity.split("/")[0] for identity in train})
     labels = [classes.index(identity.split("/")[0]) for identity in train]
     images = [feats / ".tuning" / f"{identity}.npz" for identity in train]
@@ -476,6 +474,7 @@ def main(argv=None):
             saved = torch.load(path, map_location="cpu", weights_only=True)
             tuned[name], tuned_on = saved["state"], saved["meta"]["tuned_on"]
         files[name] = f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, from {files[name]}"
+    options += ["--tuned", os.path.abspath(args.tuned or feats)] if tuned else []
     settings = dict(version=2, every=args.every, K=K, networks=files, tuned_on=tuned_on, options=options,
                     random_weights=args.seed if args.random_weights else None, opencv=cv2.__version__)
     out = {identity: feats / f"{identity}.npz" for identity in list(videos)[rank::world]}

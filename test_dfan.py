@@ -200,7 +200,7 @@ def test_pooling_takes_ten_uniform_frames(how, pool):
         logits = W @ pool(FF, axis=0) + b
         assert np.allclose(out["logits"][video, :n].detach().numpy(), logits)
         assert np.allclose(out["P"][video, :n].detach().numpy(), softmax(logits)) and (out["P"][video, n:] == 0).all()
-        assert np.allclose(out["A_T"][video].numpy(), np.bincount(list(frames), minlength=40) / 10)
+        assert np.allclose(out["A_T"][video, :n].numpy(), 1 / n) and (out["A_T"][video, n:] == 0).all()
 
 
 def test_parameters_have_the_papers_names_and_widths():
@@ -239,10 +239,18 @@ def test_vote():
 
 
 def test_scores():
-    data, outputs = Namespace(labels=[0, 0, 0, 1, 1, 2], classes="abc"), [dict(emotion=e) for e in (0, 0, 1, 1, 0, 2)]
-    got = dfan.scores(data, range(6), outputs)
+    class Net(nn.Module):
+        def forward(self, F_A, F_S, F_O, lengths):
+            return dict(P=F_A)                                      # the action feature is the prediction
+
+    labels, emotions = [0, 0, 0, 1, 1, 2], (0, 0, 1, 1, 0, 2)
+    data = Namespace(labels=labels, lengths=[1] * 6, classes="abc", load=lambda i, _: (dict(
+        action=torch.eye(3)[emotions[i], None], scene=torch.zeros(1, 1), objects=torch.zeros(1, 0, 84)), {}))
+    args = Namespace(features=dfan.FEATURES, objects=16, batch=4, device="cpu")
+    outputs, got = dfan.evaluate(Net(), data, range(6), args, None)
     assert got["accuracy"] == 4 / 6 and abs(got["macro"] - (2 / 3 + 1 / 2 + 1) / 3) < 1e-12
     assert np.allclose(got["confusion"], [[2 / 3, 1 / 3, 0], [1 / 2, 1 / 2, 0], [0, 0, 1]])
+    assert sorted(outputs) == list(range(6)) and outputs[5]["P"].tolist() == [[0, 0, 1]]
 
 
 # ---- The readings that were not taken: each is one line of DFAN.forward ----
@@ -309,7 +317,7 @@ def readings():
                 dfan.main(["--runs", "3", "--out", out])
             found = json.loads(Path(out, "results.json").read_text())
         frames, boxes = (np.mean([r["attention"][name][A] for r in found["runs"]])
-                         for name, A in (("segments, share", "A_T"), ("planted object", "A_o")))
+                         for name, A in (("segments", "A_T"), ("planted object", "A_o")))
         accuracy = f"{found['accuracy']['mean']:.3f} ± {found['accuracy']['std']:.3f}"
         print(f"{name:<32}{accuracy:>18}{frames:>16.3f}{boxes:>16.3f}", flush=True)
     dfan.Fast, dfan.loss_fn = kept
@@ -346,7 +354,7 @@ def train(*argv):
     small = {"--hidden": 4, "--epochs": 2, "--batch": 4, "--device": "cpu"}
     argv = [str(a) for a in argv]
     argv += [str(v) for pair in small.items() if pair[0] not in argv for v in pair]
-    assert dfan.main(argv) == 0
+    dfan.main(argv)
     path = Path(argv[argv.index("--out") + 1], "run0.pt")
     return torch.load(path, weights_only=True) if path.exists() else None
 
@@ -396,19 +404,10 @@ def test_objects_alone_learn_where_the_mean_object_decides(tmp_path):
     for path in feats.glob("*/*.npz"):
         F_O = 0.9 + 0.02 * rng.random((6, 3, 6)).astype(np.float32)
         F_O[:, :, 0] += 0.03 * (path.parent.name == "joy")
-        change(path, **{k: np.load(path)[k][:1].repeat(6, 0) for k in ("action", "scene")}, objects=F_O)
+        change(path, **{k: np.load(path)[k][:1].repeat(6, 0) for k in ("action", "scene", "frames", "seconds")}, objects=F_O)
     common = "--data", feats, "--features", "objects", "--epochs", 12, "--lr", 0.02, "--hidden", 8
     ours, raw = (train(*common, *v, "--out", tmp_path / n)["history"][-1] for n, v in (("a", []), ("b", ["--raw"])))
     assert ours["accuracy"] >= 0.9 and ours["loss"] < 0.3 < 0.5 < raw["loss"]
-
-
-@pytest.mark.parametrize("argv, LSTM_T", [
-    (["--features", "objects"], 6), (["--features", "scene"], 5), (["--fusion", "time"], 12), (["--fusion", "max"], None),
-    (["--fusion", "avg"], None), (["--objects", "2", "--literal"], 12)])
-def test_rows_of_the_tables_run(tmp_path, argv, LSTM_T):
-    saved = train("--data", write_feats(tmp_path / "f"), "--out", tmp_path / "o", *argv)
-    weight = saved["model"].get("LSTM_T.weight_ih")
-    assert (weight is None) if LSTM_T is None else weight.shape == (16, LSTM_T + 2)
 
 
 def test_bad_features_name_the_file(tmp_path):
@@ -416,10 +415,9 @@ def test_bad_features_name_the_file(tmp_path):
     bad = feats / "joy/joy_0.npz"
     whole, F = bad.read_bytes(), dict(np.load(bad))
     error = lambda: error_of("--data", feats, "--out", tmp_path / "o")
-    for changed, word in ((dict(scene=F["scene"] * np.float16(np.nan)), "NaN"), (dict(scene=F["scene"][1:]), "frames"),
-                          (dict(action=F["action"] + np.float16(np.inf)), "infinity"),
-                          (dict(action=F["action"][:, :3]), "other action"), (dict(action=F["action"][:, 0]), "shape"),
-                          (dict(settings=json.dumps(dict(every=4))), "every")):
+    for changed, word in ((dict(scene=F["scene"] * np.float16(np.nan)), "NaN"), (dict(scene=F["scene"][1:]), "one T"),
+                          (dict(action=F["action"][:, :3]), "other action"), (dict(action=F["action"][:, 0]), "(T,D)"),
+                          (dict(seconds=F["seconds"][1:]), "one T"), (dict(settings=json.dumps(dict(every=4))), "every")):
         change(bad, **changed)
         assert word in (e := error()) and str(bad) in e, word
         bad.write_bytes(whole)
@@ -448,16 +446,15 @@ def test_nothing_in_a_file_runs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_batches_cover_and_are_bounded(monkeypatch):
-    monkeypatch.setattr(dfan, "PADDED_FRAMES", 9000)
-    lengths = [int(v) + 1 for v in np.random.default_rng(0).lognormal(5.7, 0.75, 500)]
-    make = lambda *seed: dfan.make_batches(range(500), lengths, Namespace(batch=16), np.random.default_rng(seed))
+def test_batches_cover_and_hold_similar_lengths():
+    lengths = [int(v) + 1 for v in np.random.default_rng(0).lognormal(2, 0.75, 200)]
+    data = Namespace(lengths=lengths, labels=lengths, load=lambda i, _: (dict(action=torch.zeros(lengths[i], 1)), {}))
+    args = Namespace(features=("action",), objects=0, batch=16, device="cpu")
+    make = lambda *seed: [b[3] for b in dfan.batches(data, range(200), args, None, np.random.default_rng(seed))]
     batches = make(0, 1)
-    assert sorted(i for b in batches for i in b) == list(range(500)) and max(map(len, batches)) == 16
-    assert max(len(b) * max(lengths[i] for i in b) for b in batches) <= 9000 < 16 * max(lengths)
+    assert sorted(i for b in batches for i in b) == list(range(200)) and max(map(len, batches)) == 16
     assert batches == make(0, 1) != make(0, 2)
-    assert dfan.make_batches([0, 1], [9001, 20000], Namespace(batch=16)) == [[0], [1]], "too long for any company"
-    assert sum(len(b) * max(lengths[i] for i in b) for b in batches) < 1.15 * sum(lengths), "little is padding"
+    assert sum(len(b) * max(lengths[i] for i in b) for b in batches) < 1.25 * sum(lengths), "little is padding"
 
 
 # ---- Split lists and protocols ----
@@ -470,8 +467,10 @@ LISTS = {
 
 
 def listed(tmp_path, text, ids):
+    """The positions that a list names, and the marks that it leaves."""
     (tmp_path / "list.txt").write_text(text, encoding="utf-8", newline="")
-    return dfan.read_list(tmp_path / "list.txt", ids)
+    dfan.MARKS.clear()
+    return dfan.read_list(tmp_path / "list.txt", ids), dfan.MARKS
 
 
 @pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
@@ -488,11 +487,8 @@ def test_awkward_names(tmp_path):
                            (unicodedata.normalize("NFC", "joy/Café 4"), 7), (unicodedata.normalize("NFD", "Über.mp4"), 8)):
         assert listed(tmp_path, line, ids) == ([expected], []), line
     lost = ["anger/v1.7", "anger/it's", "sadness/v1"]
-    assert listed(tmp_path, "\n".join(f"{name} 1" for name in lost), ids) == ([], lost), "never another video"
-    with pytest.raises(dfan.InputError, match="anger/a and joy/a"):
-        listed(tmp_path, "a 1\n", ["anger/a", "joy/a"])
-    with pytest.raises(dfan.InputError, match="list.txt.*empty"):
-        listed(tmp_path, "\n", ids)
+    assert listed(tmp_path, "\n".join(f"{name} 1" for name in lost), ids) == ([], ["3 MISSING"]), "never another video"
+    assert listed(tmp_path, "a 1\n", ["anger/a", "joy/a"]) == ([], ["1 MISSING"]), "a name of two classes"
 
 
 def test_lists_that_do_not_fit(tmp_path, capsys):
@@ -500,17 +496,14 @@ def test_lists_that_do_not_fit(tmp_path, capsys):
     error = lambda *more: error_of("--data", feats, "--split", a, b, "--out", tmp_path / "o", *more)
     a.write_text("anger/anger_0 1\njoy/joy_0 2\nanger/lost 1\n")
     b.write_text("anger/anger_1\njoy/joy_1\n")
-    e = error()
-    assert "1 of 3 listed videos" in e and "anger/lost" in e and "--allow-missing" in e and str(a) in e
-    train("--data", feats, "--split", a, b, "--out", tmp_path / "m", "--allow-missing")
+    train("--data", feats, "--split", a, b, "--out", tmp_path / "m")
     printed = capsys.readouterr().out
-    assert "anger/lost" in printed and "training 2: anger 1, joy 1" in printed
-    a.write_text("videos/x/y.mp4 1\nother/z 2\n")
-    assert "anger/anger_0" in (e := error()) and "--allow-missing" not in e, "another data set's list"
+    assert f"missing  {a}: anger/lost" in printed and "training 2: anger 1, joy 1" in printed
+    assert all(v.endswith("1 MISSING") for v in printed.splitlines() if v.startswith(("run", "result", "attention")))
     a.write_text("anger/anger_0\njoy/joy_0\njoy/joy_1\n")
     assert "joy/joy_1" in (e := error()) and "both" in e
-    a.write_text("anger/anger_0\n")
-    assert "class without a training video (anger 1, joy 0)" in error()
+    a.write_text("videos/x/y.mp4 1\nanger/anger_0\n")
+    assert "class without a video" in (e := error()) and "training 1: anger 1, joy 0" in e
     (feats / "trainlist01.txt").unlink()
     assert "--split" in (e := error_of("--data", feats, "--out", tmp_path / "o")) and "trainlist01.txt" in e
     (feats / "fear").mkdir()
@@ -588,20 +581,24 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     alone, spread = (shell(*argv, tmp_path / out, torchrun=start).stdout.splitlines()
                      for start, out in (((), "alone"), (TWO, "spread")))
     results = [[line for line in lines if line.startswith("result")] for lines in (alone, spread)]
-    assert len(results[0]) == 12 and results[0] == results[1]
+    assert len(results[0]) == 1 and results[0] == results[1]
     for n in range(10):
         assert same_run(*(torch.load(tmp_path / out / f"run{n}.pt", weights_only=True) for out in ("alone", "spread")))
     (tmp_path / "spread/run1.pt").write_bytes(b"damaged")
     report = shell(*argv, tmp_path / "spread", status=1, torchrun=TWO).stderr
-    assert f"dfan.py: {tmp_path / 'spread/run1.pt'}" in report[report.index("dfan.py FAILED"):], report
+    assert f"dfan.py: {tmp_path / 'spread/run1.pt'}" in report and 'dfan.py", line' not in report, "no traceback of ours"
 
 
 def test_results_and_last_epoch(tmp_path, capsys, monkeypatch):
-    accuracies, scores = iter([0.2, 0.9, 0.4] * 2), dfan.scores
-    monkeypatch.setattr(dfan, "scores", lambda *a: scores(*a) | dict(accuracy=next(accuracies)))
+    accuracies, evaluate = iter([0.2, 0.9, 0.4] * 2), dfan.evaluate
+
+    def fixed(*a):
+        outputs, scores = evaluate(*a)
+        return outputs, scores | dict(accuracy=next(accuracies))
+    monkeypatch.setattr(dfan, "evaluate", fixed)
     train("--data", write_feats(tmp_path / "f"), "--epochs", 3, "--runs", 2, "--out", tmp_path / "o")
     printed = capsys.readouterr().out
-    assert re.search(r"result +run 0 .*accuracy 0\.4000 .*last epoch", printed)
+    assert re.search(r"last epoch: .* n = 2\nresult +accuracy 40\.00 ± 0\.00 ", printed)
     found = json.loads((tmp_path / "o/results.json").read_text())
     assert found["accuracy"] == dict(mean=0.4, std=0) and [r["accuracy"] for r in found["runs"]] == [0.4, 0.4]
     assert found["macro"]["mean"] == np.mean([r["macro"] for r in found["runs"]])
@@ -609,21 +606,20 @@ def test_results_and_last_epoch(tmp_path, capsys, monkeypatch):
     assert [r["seed"] for r in found["runs"]] == [0, 1] and found["classes"] == ["anger", "joy"] and found["marks"] == []
     assert np.allclose(np.sum(found["runs"][1]["confusion"], 1), 1) and found["settings"]["hidden"] == 4
     assert found["settings"]["epochs"] == 3 and found["settings"]["fusion"] == "dual"
+    assert found["settings"]["split"] == [f"{tmp_path}/f/{name}list01.txt" for name in ("train", "test")]
 
 
-def test_marks_and_leak_guard(tmp_path, capsys):
-    numbers = lambda: [v for v in capsys.readouterr().out.splitlines() if re.match("run|result|attention|  ", v)]
-    train("--data", write_feats(tmp_path / "f", random_weights=0), "--out", tmp_path / "a")
-    assert len(lines := numbers()) > 6 and all(v.endswith("  RANDOM WEIGHTS") for v in lines)
-    feats = write_feats(tmp_path / "g", tuned_on=["anger/anger_0", "joy/joy_1"])
-    e = error_of("--data", feats, "--out", tmp_path / "b")
-    assert "joy/joy_1" in e and "anger_0" not in e and "1 of the validation videos" in e and "--allow-leak" in e
-    capsys.readouterr()
-    train("--data", feats, "--out", tmp_path / "b", "--allow-leak")
-    assert len(lines := numbers()) > 6 and all(v.endswith("  LEAKED") for v in lines)
-    assert json.loads((tmp_path / "b/results.json").read_text())["marks"] == ["LEAKED"]
-    train("--data", write_feats(tmp_path / "h", tuned_on=["joy/joy_0"]), "--out", tmp_path / "c")
-    assert "LEAKED" not in capsys.readouterr().out, "tuned on training videos alone"
+def test_marks(tmp_path, capsys):
+    def numbers(**settings):
+        train("--data", write_feats(tmp_path / str(settings), **settings), "--out", tmp_path / f"{settings} out")
+        lines = [v for v in capsys.readouterr().out.splitlines() if re.match("run|result|attention|  ", v)]
+        assert len(lines) > 6
+        return lines
+    assert all(v.endswith("  RANDOM WEIGHTS") for v in numbers(random_weights=0))
+    leaked = dict(tuned_on=["anger/anger_0", "joy/joy_1"])
+    assert all(v.endswith("  1 LEAKED") for v in numbers(**leaked)), "joy_1 is a validation video"
+    assert json.loads((tmp_path / f"{leaked} out/results.json").read_text())["marks"] == ["1 LEAKED"]
+    assert not any("LEAKED" in v for v in numbers(tuned_on=["joy/joy_0"])), "tuned on training videos alone"
 
 
 def test_reproduce_runs_a_cell_once(tmp_path, capsys, small_planted):
@@ -639,71 +635,43 @@ def test_reproduce_runs_a_cell_once(tmp_path, capsys, small_planted):
     train("--out", out, "--epochs", 1, "--runs", 1, "--reproduce", "table2")
     train("--out", out, "--epochs", 1, "--runs", 1, "--reproduce", "figure4")
     assert made() == second and capsys.readouterr().out.count("55.93") == 1
-    import cv2
     pictures = sorted(out.rglob("figure4-*.png"))
     assert len(pictures) == 6 and all(p.read_bytes()[:4] == b"\x89PNG" for p in pictures)
     assert cv2.imread(str(pictures[0])).shape == (900, 1600, 3)
-    table = json.loads((out / "results.json").read_text())["table2"]
+    train("--out", out, "--epochs", 1, "--runs", 2, "--reproduce", "table2")
+    table = json.loads((out / "results.json").read_text())
     assert set(table) == {"Max. Pool", "Avg. Pool", "T.Focus", "T.Focus + O.Focus"}
+    runs = [[r["accuracy"] for r in table[row]["runs"]] for row in ("T.Focus", "Max. Pool")]
+    gain = table["T.Focus"]["minus first row"]
+    assert np.isclose(gain["mean"], np.mean(np.subtract(*runs))) and np.isclose(gain["std"], np.std(np.subtract(*runs), ddof=1))
 
 
-def average_precision(inside, A):
-    """The area under the steps of precision over recall, thresholds falling over the distinct values."""
-    area = recall = 0
-    for threshold in sorted(set(A), reverse=True):
-        chosen = A >= threshold
-        new = (chosen & inside).sum() / inside.sum()
-        area, recall = area + (new - recall) * (chosen & inside).sum() / chosen.sum(), new
-    return area
-
-
-def test_localisation_measures():
-    segments = {3: [0, 0, 1, 1, 0], 5: [1, 0, 0, 0], 6: [1] * 4, 8: [0] * 4}
-    segments = {i: np.array(v, bool) for i, v in segments.items()}
-    rng = np.random.default_rng(0)
-    A = {i: rng.dirichlet(np.ones(len(v))) for i, v in segments.items()} | {9: np.ones(7) / 7}
-    outputs = [dict(A_T=a, A_o=np.ones((len(a), 1))) for a in A.values()]
-    found = dfan.attention(Namespace(segments=segments), list(A), outputs)
-    both = [(A[i], segments[i]) for i in (3, 5)]                # in the others there is nothing to find
-    expected = [[average_precision(inside, a), a[inside].sum(), inside[a.argmax()]] for a, inside in both]
-    got = np.array([list(found[f"segments, {name}"].values())[:3] for name in ("average precision", "share", "hit rate")])
-    assert np.allclose(got[:, 0], np.mean(expected, 0)) and np.allclose(got[:, 1], (2 / 5 + 1 / 4) / 2)
-    assert got[2, 2] == 0.5, "the centre prior finds the middle frame of the first"
-
-
-def test_segments_file(tmp_path, capsys):
-    feats = write_feats(tmp_path / "f")
-    for path in feats.glob("*/*.npz"):
-        change(path, seconds=58 + np.arange(len(np.load(path)["action"])) / 3)
-    (tmp_path / "s.csv").write_text(
-        "\ufeffvideo,key_segment_1,key_segment_2,key_segment_3,key_length\r\nanger/anger_1.mp4,0'58-0'59,1'0-1'1,,0'2\r\n"
-        "\"joy/joy_1.mp4\",0'0-'029,0'59-1'0,,\r\njoy/joy_2.mp4,0'9-0'5,,,\r\n\"fear/no, not here.mp4\",0'1-0'2,,,\r\n")
-    data = dfan.Features(feats, dfan.FEATURES)
-    dfan.read_segments(tmp_path / "s.csv", data)
-    inside = {data.ids[i]: v.tolist() for i, v in data.segments.items()}
-    for name, ranges in (("anger/anger_1", ((58, 59), (60, 61))), ("joy/joy_1", ((59, 60),))):
-        seconds = np.load(feats / f"{name}.npz")["seconds"]
-        assert inside.pop(name) == [any(a <= s <= b for a, b in ranges) for s in seconds]
-    assert not inside and "3 cells" in capsys.readouterr().out
-    train("--data", feats, "--segments", tmp_path / "s.csv", "--out", tmp_path / "o")
-    assert capsys.readouterr().out.count("attention  segments") == 3
-    (tmp_path / "bad.csv").write_text("name,from,to\n")
-    assert "bad.csv" in error_of("--data", feats, "--segments", tmp_path / "bad.csv", "--out", tmp_path / "p")
-
-
-def test_attention_lines(capsys):
-    videos = [dict(A_T=np.array(a), A_o=np.array([[0.5, 0.25, 0.25, 0], [0, 0, 0, 0], [1, 0, 0, 0]]))
-              for a in ([0.25, 0.25, 0.5], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8])]
-    found = dfan.attention(Namespace(segments={}), range(3), videos)
+def test_attention_and_its_shares(tmp_path, capsys, monkeypatch):
+    A_o = np.array([[0.5, 0.25, 0.25, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    outputs = {i: dict(A_T=np.array(a), A_o=A_o)
+               for i, a in enumerate(([0.25, 0.25, 0.5], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8]))}
+    inside = {0: np.array([0, 0, 1], bool), 1: np.array([1, 1, 0], bool)}
+    found = dfan.attention(Namespace(inside=inside), outputs)
     frame, boxes = found["most attended frame"], found["most attended object"]
     assert np.allclose([frame["times uniform"], frame["max/min"]], [1.8, 3])
     assert np.allclose(list(boxes.values()), [1.5, 3 * np.e / (np.e + 2 / np.e), 2])
-    data = Namespace(classes=["a", "b"], labels=[0, 1])
+    assert np.allclose([found["segments"]["A_T"], found["segments"]["uniform"]], [(0.5 + 0.4) / 2, 1 / 2])
+    assert np.isclose(found["segments"]["limit"], (np.e / (np.e + 2 / np.e) + 2 * np.e / (2 * np.e + 1 / np.e)) / 2)
+    feats = write_feats(tmp_path / "f")
     for spread, flat in ((1.29, True), (1.31, False)):
-        frame["max/min"] = spread
-        dfan.report([dict(seed=0, accuracy=1., macro=1., confusion=[[1, 0], [0, 1]], attention=found)], data, [([], [0, 1])])
+        monkeypatch.setattr(dfan, "attention", lambda *_: {"most attended frame": {"times uniform": 1.8, "max/min": spread}})
+        train("--data", feats, "--out", tmp_path / "o")
         line = next(v for v in capsys.readouterr().out.splitlines() if "most attended frame" in v)
         assert "times uniform 1.800" in line and ("nearly uniform" in line) == flat
+
+
+def test_annotated_segments_lie_in_the_features(tmp_path, capsys):
+    feats = write_feats(tmp_path / "f")
+    for path in feats.glob("*/*_1.npz"):
+        change(path, inside=np.arange(len(np.load(path)["action"])) < 2)
+    train("--data", feats, "--out", tmp_path / "o")
+    shares = [2 / len(np.load(feats / f"{c}/{c}_1.npz")["action"]) for c in ("anger", "joy")]
+    assert f"uniform {np.mean(shares):.3f}" in next(v for v in capsys.readouterr().out.splitlines() if "segments" in v)
 
 
 # ---- A video of one's own ----
@@ -717,19 +685,21 @@ def trained(tmp_path_factory):
 
 
 def predicted(capsys, *argv):
+    """What --predict prints, and its error."""
+    error = ""
     try:
-        status, error = dfan.main(["--device", "cpu", "--predict", *map(str, argv)]), ""
+        dfan.main(["--device", "cpu", "--predict", *map(str, argv)])
     except dfan.InputError as failure:
-        status, error = 2, str(failure)
-    return status, capsys.readouterr().out, error
+        error = str(failure)
+    return capsys.readouterr().out, error
 
 
 def test_predict_says_what_when_and_where(trained, tmp_path, capsys):
     feats, checkpoint = trained
     source, T = feats / "joy/joy_1.npz", len(np.load(feats / "joy/joy_1.npz")["action"])
-    status, printed, _ = predicted(capsys, source, "--checkpoint", checkpoint, "--out", tmp_path)
+    printed, error = predicted(capsys, source, "--checkpoint", checkpoint, "--out", tmp_path)
     found, saved, F = json.loads((tmp_path / "joy_1.json").read_text()), torch.load(checkpoint, weights_only=True), np.load(source)
-    assert status == 0 and f"{source}: {found['emotion']}" in printed and "times uniform" in printed
+    assert not error and f"{source}: {found['emotion']}" in printed and "times uniform" in printed
 
     FF = np.concatenate([np.concatenate([f["action"], f["scene"]], 1).astype(float) for f in (     # by hand
         np.load(feats / f"{c}/{c}_{i}.npz") for c in ("anger", "joy") for i in (0, 2))])
@@ -744,9 +714,11 @@ def test_predict_says_what_when_and_where(trained, tmp_path, capsys):
     assert found["emotion"] == ("anger", "joy")[np.bincount(last.argmax(1), minlength=2).argmax()]
     assert len(found["seconds"]) == len(found["A_T"]) == len(found["objects"]) == T and found["marks"] == []
     assert all(len(v) == 3 for v in found["objects"])
-    first, t = found["moments"][0], out["A_T"].argmax()
+    first, t = max(found["moments"], key=lambda m: m["times_uniform"]), out["A_T"].argmax()
     k = out["A_o"][t].argmax()
     assert first["seconds"] == F["seconds"][t] and first["frame"] == 8 * t
+    assert [m["frame"] // 8 for m in found["moments"]] == [
+        part[out["A_T"][part].argmax()] for part in np.array_split(np.arange(T), 4)], "of each quarter"
     assert np.isclose(first["times_uniform"], out["A_T"][t] * T, atol=1e-4)
     assert first["objects"][0]["name"] == extract.COCO_91[extract.COCO_80[F["objects"][t, k, :80].argmax()]]
     assert np.allclose(first["objects"][0]["box"], F["objects"][t, k, 80:]) and (tmp_path / "joy_1.png").stat().st_size > 1000
@@ -755,9 +727,8 @@ def test_predict_says_what_when_and_where(trained, tmp_path, capsys):
 def test_predict_objects_of_another_detector(tmp_path, capsys):
     feats = write_feats(tmp_path / "f", d_object=3)
     train("--data", feats, "--out", tmp_path / "o")
-    assert predicted(capsys, feats / "joy/joy_1.npz", "--checkpoint", tmp_path / "o/run0.pt", "--out", tmp_path)[0] == 0
-    first = json.loads((tmp_path / "joy_1.json").read_text())["objects"][0]
-    assert sorted(o["name"] for o in first) == ["object 0", "object 1", "object 2"] and "box" not in first[0]
+    assert not predicted(capsys, feats / "joy/joy_1.npz", "--checkpoint", tmp_path / "o/run0.pt", "--out", tmp_path)[1]
+    assert not any(json.loads((tmp_path / "joy_1.json").read_text())["objects"]), "their columns are unknown"
     assert cv2.imread(str(tmp_path / "joy_1.png")).shape == (900, 1600, 3)
 
 
@@ -768,43 +739,38 @@ def test_predict_overwrites_nothing_given_and_refuses(trained, tmp_path, capsys)
     (tmp_path / "y.png").write_bytes(b"a picture")
     (tmp_path / "y.mp4").write_bytes(b"no video")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert predicted(capsys, tmp_path / "x.npz", *more)[0] == 0
-    for source, word in ((tmp_path / "y.png", ".npz"), (feats, f"{feats}/*.mp4"), (tmp_path / "none.npz", "no such file"),
-                         (tmp_path / "y.mp4", "give an .npz")):
-        status, _, error = predicted(capsys, source, *more)
-        assert status == 2 and word in error and error.startswith(f"{source}: "), error
+    assert not predicted(capsys, tmp_path / "x.npz", *more)[1]
+    for source, word in ((tmp_path / "y.png", ".npz"), (feats, f"{feats}/*.mp4"), (tmp_path / "none.npz", "no .npz"),
+                         (tmp_path / "y.mp4", "was not trained on")):
+        error = predicted(capsys, source, *more)[1]
+        assert word in error and error.startswith(f"{source}: "), error
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
-    (tmp_path / "z").mkdir()
-    with pytest.raises(SystemExit, match="2"):
-        predicted(capsys, tmp_path / "x.npz", tmp_path / "z/x.npz", *more)
-    for changed, word in ((dict(settings=json.dumps(dict(every=4))), "not extracted as"), (dict(seconds=np.zeros(2)), "length"),
-                          (dict(action=np.zeros((len(np.load(tmp_path / "x.npz")["scene"]), 3))), "trained on")):
+    for changed, word in ((dict(settings=json.dumps(dict(every=4))), "not extracted as"), (dict(seconds=np.zeros(2)), "one T"),
+                          (dict(action=np.zeros((len(np.load(tmp_path / "x.npz")["scene"]), 3))), "training")):
         shutil.copy(feats / "joy/joy_1.npz", tmp_path / "x.npz")
         change(tmp_path / "x.npz", **changed)
-        status, _, error = predicted(capsys, tmp_path / "x.npz", *more)
-        assert status == 2 and word in error and "x.npz" in error, error
-    with pytest.raises(SystemExit, match="2"):
-        predicted(capsys, tmp_path / "x.npz")
+        error = predicted(capsys, tmp_path / "x.npz", *more)[1]
+        assert word in error and "x.npz" in error, error
+    assert "none.pt" in predicted(capsys, tmp_path / "x.npz", "--checkpoint", tmp_path / "none.pt")[1]
 
 
 # ---- The command line ----
 
-def test_errors_are_one_line_and_status_2(tmp_path):
+def test_errors_are_one_line_and_status_2(tmp_path, monkeypatch):
     feats = write_feats(tmp_path / "f")
-    for argv, word in ((["--data", tmp_path / "nowhere", "--out", tmp_path / "o"], "nowhere"),
-                       (["--data", feats, "--out", tmp_path / "o", "--lr", "1e8", "--raw", "--epochs", 3, "--features",
-                         "action", "--split", feats / "trainlist01.txt", tmp_path / "gone.txt"], "gone.txt")):
-        done = shell(HERE / "dfan.py", *argv, status=2)
-        assert done.stderr.count("\n") == 1 and done.stderr.startswith("dfan.py: ") and word in done.stderr
+    done = shell(HERE / "dfan.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "o", status=2)
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("dfan.py: ") and "nowhere" in done.stderr
+    monkeypatch.setattr(dfan, "loss_fn", lambda logits, *_: logits.sum() * float("nan"))
+    assert "the loss is nan" in (e := error_of("--data", feats, "--out", tmp_path / "o")) and "--lr" in e
+    monkeypatch.undo()
     assert "cuda:99" in error_of("--device", "cuda:99", "--out", tmp_path / "o")
     (tmp_path / "file").touch()
-    assert str(tmp_path / "file") in error_of("--out", tmp_path / "file/o")
+    assert str(tmp_path / "file") in error_of("--data", feats, "--out", tmp_path / "file/o")
     assert "smell" in error_of("--data", feats, "--features", "action,smell", "--out", tmp_path / "o")
 
 
-@pytest.mark.parametrize("argv", ["--beta 2", "--lr nan", "--seed -1", "--epochs 0", "--objects 0", "--dataset videoemotion",
-                                  "--features audio", "--checkpoint x", "--resume", "--predict a --checkpoint b --data c",
-                                  "--split a", "--epochs x"])
+@pytest.mark.parametrize("argv", ["--beta 2", "--lr 0", "--seed -1", "--epochs 0", "--objects 0", "--features audio",
+                                  "--resume", "--split a", "--epochs x"])
 def test_wrong_options(argv, capsys, monkeypatch):
     monkeypatch.setattr(dfan, "Planted", None)                  # nothing is trained, even where this fails
     with pytest.raises(SystemExit) as stop:
@@ -817,7 +783,7 @@ def test_planted_command_twice(tmp_path):
     both = [subprocess.Popen([*argv, tmp_path / name], stdout=subprocess.PIPE, text=True) for name in "ab"]
     first, second = (re.sub(r"[\d.]+ s\b|\S*/[ab]/\S*", "", p.communicate()[0]) for p in both)
     assert [p.returncode for p in both] == [0, 0] and first == second
-    assert "uniform 0.083  centre 0.083  limit 0.402  SYNTHETIC" in first and "uniform 0.125  limit 0.514  SYNTHETIC" in first
+    assert "uniform 0.083  limit 0.402  SYNTHETIC" in first and "uniform 0.125  limit 0.514  SYNTHETIC" in first
 
 
 # ---- Extraction ----
@@ -1012,7 +978,7 @@ def test_from_videos_to_accuracy(extracted, tmp_path):
     assert (np.diff(scores, axis=1) <= 2e-3).all() and scores[:, 0].min() > 0, "the most probable first"
     trained = shell(HERE / "dfan.py", "--data", folder / "f", "--epochs", "2", "--hidden", "8", "--out", tmp_path,
                     "--device", "cpu", status=0).stdout
-    assert "RANDOM" in trained and "training 4: anger 2, joy 2" in trained and "result   run 0" in trained
+    assert "RANDOM" in trained and "training 4: anger 2, joy 2" in trained and "\nresult " in trained
 
 
 def test_rerun_skips_and_settings_are_kept_apart(extracted, tmp_path, capsys):
@@ -1081,46 +1047,6 @@ def test_extraction_input_errors(tmp_path):
     assert "2692d16c.pth" in last and "https://download.openmmlab.com" in last and "--weights DIR" in last
 
 
-def rotated(content, turn):
-    """An MP4 whose track header says: show it turned by 90, 180 or 270 degrees."""
-    at = content.index(b"tkhd") + 4 + 40                            # version 0: the matrix follows 40 bytes
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[turn]
-    matrix = np.array([cos, sin, 0, -sin, cos, 0, 0, 0, 0x4000], ">i4") * np.array([0x10000] * 9, ">i8")
-    return content[:at] + matrix.astype(">i4").tobytes() + content[at + 36:]
-
-
-def with_variable_frame_rate(content):
-    """An MP4 in which every second frame lasts three times as long: another time-to-sample table, no edit list."""
-    content = content.replace(b"edts", b"free")
-    at = content.index(b"stts") - 4
-    size, n, delta = (int.from_bytes(content[at + k:at + k + 4], "big") for k in (0, 16, 20))
-    entries = b"".join(np.array([1, delta * (1 + 2 * (i % 2))], ">u4").tobytes() for i in range(n))
-    table = (16 + len(entries)).to_bytes(4, "big") + b"stts" + bytes(4) + n.to_bytes(4, "big") + entries
-    grown = bytearray(content)
-    for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
-        start = content.index(box) - 4
-        old = int.from_bytes(content[start:start + 4], "big")
-        grown[start:start + 4] = (old + len(table) - size).to_bytes(4, "big")
-    return bytes(grown[:at]) + table + bytes(grown[at + size:])
-
-
-def test_two_extractions_at_once(extracted, tmp_path):
-    folder, _ = extracted
-    for kind in "vf":
-        shutil.copytree(folder / kind / "joy", tmp_path / kind / "joy", ignore=shutil.ignore_patterns("clip?5*"))
-    (tmp_path / "f").rename(tmp_path / "whole")
-    argv = [sys.executable, HERE / "extract_features.py", tmp_path / "v", tmp_path / "f", *TRY]
-    both = [subprocess.Popen(argv, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [p.wait() for p in both] == [0, 0]
-    assert_same_files(tmp_path / "whole", tmp_path / "f")
-
-
-def assert_same_files(a, b):
-    files = [{str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file() and p.suffix != ".part"}
-             for f in (a, b)]
-    assert files[0] and files[0] == files[1]
-
-
 def test_a_damaged_packet_does_not_end_the_video(tmp_path):
     path = write_video(tmp_path / "a.avi", 60, codec="MJPG")
     content = bytearray(path.read_bytes())
@@ -1170,12 +1096,9 @@ def test_a_cover_picture_is_refused_and_a_picture_like_film_is_not(tmp_path, mon
 
 
 def test_odd_videos(tmp_path):
-    """Turned, with a variable frame rate, deep in folders, with odd names; text, archives and pipes that are no video."""
+    """Deep in folders, with odd names; text, archives and pipes that are no video."""
     joy = tmp_path / "v/joy"
-    base = write_video(joy / "base.mp4", 20, 64, 80).read_bytes()
-    for turn in (90, 180, 270):
-        (joy / f"turned {turn}.mp4").write_bytes(rotated(base, turn))
-    (joy / "variable.MP4").write_bytes(with_variable_frame_rate(base))
+    base = write_video(joy / "base.MP4", 20, 64, 80).read_bytes()
     (joy / "deep/er").mkdir(parents=True)
     for name in ("deep/er/nested", "clip[1] & it's.v1", "\U0001f600", "--help", "100%d", "name 7", "dot at the end."):
         (joy / f"{name}.mp4").write_bytes(base)
@@ -1194,13 +1117,6 @@ def test_odd_videos(tmp_path):
     made = {p.name for p in (tmp_path / "f/joy").iterdir()}
     assert made == {f"{p.name[:-len(p.suffix)]}.npz" for p in good}
     assert "one class alone, joy" in done.stdout
-
-
-def test_seconds_are_time_stamps(tmp_path):
-    path = write_video(tmp_path / "base.mp4", 20, 64, 80)
-    path.write_bytes(with_variable_frame_rate(path.read_bytes()))
-    samples, _ = samples_of(path, flow=False)
-    assert [s["seconds"] for s in samples] == pytest.approx([0, 16 / 24, 32 / 24], abs=0.05), "1, 3, 1, 3, ... frame times"
 
 
 def test_finetuning(tmp_path, capsys, monkeypatch):
@@ -1240,9 +1156,10 @@ def test_finetuning(tmp_path, capsys, monkeypatch):
         extract.main([*argv, str(tmp_path / "other.txt")])
 
     small = ["--data", str(tmp_path / "f"), "--hidden", "4", "--epochs", "1", "--device", "cpu", "--out"]
-    assert dfan.main([*small, str(tmp_path / "o1")]) == 0 and "LEAKED" not in capsys.readouterr().out
+    dfan.main([*small, str(tmp_path / "o1")])
+    assert "LEAKED" not in capsys.readouterr().out
     predict = ["--predict", str(path), "--checkpoint", str(tmp_path / "o1/run0.pt"), "--out", str(tmp_path / "p")]
-    assert dfan.main(predict) == 0, "extracted with the tuned networks"
+    dfan.main(predict)                                            # extracted with the tuned networks
     assert (tmp_path / "p/3.npz").read_bytes() == (tmp_path / "f/joy/3.npz").read_bytes()
 
 
@@ -1250,8 +1167,8 @@ def test_predict_a_video(extracted, tmp_path):
     folder, _ = extracted
     shell(HERE / "dfan.py", "--data", folder / "f", "--epochs", "1", "--hidden", "4", "--out", tmp_path / "o", status=0)
     clip = write_video(tmp_path / "my clip.mp4", 30, seed=9)
-    ask = [HERE / "dfan.py", "--predict", clip, tmp_path / "none.mp4", "--checkpoint", tmp_path / "o/run0.pt",
-           "--out", tmp_path / "p"]
+    ask = [HERE / "dfan.py", "--predict", clip, tmp_path / "none.mp4", "--checkpoint", tmp_path / "o/run0.pt", "--out",
+           tmp_path / "p"]
     done = shell(*ask, status=2)
     assert "RANDOM WEIGHTS" in done.stdout and "none.mp4" in done.stderr.splitlines()[-1]
     found = json.loads((tmp_path / "p/my clip.json").read_text())
@@ -1305,24 +1222,7 @@ def speed(B=16, T=400, rounds=5, literal_rounds=1):
     print(f"literal / Fast {middle['literal'] / middle['Fast']:.2f}   Fast / nn.LSTM {middle['Fast'] / middle['nn.LSTM']:.2f}")
 
 
-def extraction(n=128, batch=16):
-    """The plain loop of extract_features.py over the networks' own forwards, the same frames, the small detector."""
-    models = extract.build(["action_rgb", "action_flow", "scene", SMALL], {}, 0, "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_video(Path(folder, "clip.mp4"), n, 360, 640)
-        samples = samples_of(path)[0]
-        for _ in range(2):                                            # the second is warm
-            start = time.perf_counter()
-            extract.extract(path, models, dict(every=8), batch, "cpu")
-            whole = time.perf_counter() - start
-            start = time.perf_counter()
-            for i in range(0, len(samples), batch):
-                extract.features_of(samples[i:i + batch], models, "cpu")
-            forwards = time.perf_counter() - start
-    print(f"{len(samples)} frames: extraction {whole:.1f} s, forwards alone {forwards:.1f} s, ratio {whole / forwards:.2f}")
-
-
 if __name__ == "__main__":
-    for name, function in (("--speed", speed), ("--readings", readings), ("--extraction", extraction)):
+    for name, function in (("--speed", speed), ("--readings", readings)):
         if name in sys.argv:
             function()
