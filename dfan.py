@@ -13,7 +13,7 @@ feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of
                             h2 of t-1            |
   F_A, F_S (action, scene) ----------------> S_t = [F_o_hat; F_A; F_S]
      |                                           |
-  FF = [F_A; F_S] of all frames              T.Focus: entry t of A_T over the T frames  (8), (9)  <-- h2 of t-1
+  FF = [F_A; F_S] of all frames              T.Focus: entry t of G_T, then A_T  (8), (9)  <-- h2 of t-1
      |                                           |
      +-- weighted by A_T <-----------------------+
             |
@@ -23,7 +23,7 @@ feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of
 
 Names are the paper's letters: F_O is the whole video's, F_o a frame's; hat and bar are suffixes; the blackboard-bold F
 (action and scene together) is FF, the script F_t of (7) is F_t. A line that computes an equation, or makes its
-parameters, bears its number, (1) to (10). [R1] to [R15] are rows of the README's table "Where the paper is silent or
+parameters, bears its number, (1) to (10). [R1] and so on are rows of the README's table "Where the paper is silent or
 ambiguous". Text in quotation marks is the paper's. Code counts frames from 0, the paper from 1.
 
     B videos in a batch   T frames (the longest of the batch)   K objects a frame   H hidden units   C emotions
@@ -31,6 +31,7 @@ ambiguous". Text in quotation marks is the paper's. Code counts frames from 0, t
     (the paper's widths; in the loop over t, A_o and P are of frame t and have no T)
 """
 import argparse
+import atexit
 import contextlib
 import datetime
 import io
@@ -87,8 +88,8 @@ class DFAN(nn.Module):
     def forward(self, F_A, F_S, F_O, lengths=None):
         """F_A (B,T,d_action), F_S (B,T,d_scene), F_O (B,T,K,d_object), lengths (B,) of the videos, T if None.
 
-        An object whose features are all zero is not there [R3]. Frames from a video's length on are padding: what they
-        hold changes nothing. Returns a dict, zero where there is padding:
+        An object whose features are all zero is not there [R3]. Frames from a video's length on are padding: no
+        finite number there changes anything. Returns a dict, zero where there is padding:
             logits (B,T,C)   before the softmax of (5): what the loss takes
             P      (B,T,C)   P_t (5)
             A_T    (B,T)     the time attention (8) after the last frame; in training after (10)
@@ -102,7 +103,7 @@ class DFAN(nn.Module):
         h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)         # (B,H)  before the first frame
         P = FF.new_zeros(B, self.W_p.out_features)   # (B,C)    before frame 1: the paper's P_0 = 0 [R4]
         G_o = FF.new_zeros(B, K)                     # stays so, every object alike, if T.Focus is alone [R9]
-        E = real                                     # (B,T)    exp(G_T) of (8); G_T = 0 at first [R5]
+        E = real                                     # (B,T)    exp(G_T) of (8): G_T = 0 at first [R5]; 0 in padding
         outputs = []
         for t in range(T):
             # "LSTM.S accepts not only the average of all object features F_o_bar, but also the hidden values
@@ -110,37 +111,37 @@ class DFAN(nn.Module):
             F_o, F_o_bar = F_O[:, t], F_O_bar[:, t]
             if self.o_focus:
                 h1, c1 = self.LSTM_S(torch.cat([F_o_bar, h2], -1), (h1, c1))      # (4)  (B,H)  [R1]
-                # "G_oi is the glimpse features of the objects" (3.2.1)
+                # "G_oi is the glimpse features of the objects"
                 G_o = torch.tanh(self.W_oh(h1) + self.W_of(F_o).squeeze(-1))      # (3)  (B,K)  [R2]
-            # "A_o is the attention value of each object at frame t" (3.2.1)
+            # "A_o is the attention value of each object at frame t"
             A_o = focus(G_o, there[:, t])                                         # (2)  (B,K)  [R3]
-            # "The weighted objects' features F_o_hat is calculated by" (3.2.1)
+            # "The weighted objects' features F_o_hat is calculated by"
             F_o_hat = (A_o.unsqueeze(-1) * F_o).sum(1)                            # (1)  (B,84)
 
             # "we use the three modality features of frame t to update the attentions A_T of the entire time
             # series of the video": "S_t is concatenation of the three extracted features" (3.2.2)
             S_t = torch.cat([F_o_hat, F_A[:, t], F_S[:, t]], -1)                  #      (B,2497)
-            # "G_T is the glimpse feature of the time" (3.2.2); frame t gives entry t of it [R5]. h2 is of t-1
+            # "G_T is the glimpse feature of the time"; frame t gives entry t of it [R5]. h2 is of t-1
             G_t = torch.tanh(self.W_Th(h2) + self.W_Tf(S_t))                      # (9)  (B,1)
-            E = torch.where(frame == t, G_t.exp() * real, E)                      # (8)  (B,T)  numerator
-            # "A_T is the time attention value" (3.2.2), a softmax over the video's frames
+            E = torch.where(frame == t, G_t.exp() * real, E)                      # (8)  (B,T)  exp(G_T): entry t is new
+            # "A_T is the time attention value", a softmax over the video's frames
             A_T = E / E.sum(1, keepdim=True)                                      # (8)  (B,T)
-            # "the video features weighted by time attention F_t" (3.2.2)
+            # "the video features weighted by time attention F_t"
             F_t = (A_T.unsqueeze(-1) * FF).sum(1)                                 # (7)  (B,2413)
-            # "LSTM.T accepts the prediction at the last frame (P_{t-1}) and the video features" (3.2.2)
+            # "LSTM.T accepts the prediction at the last frame (P_{t-1}) and the video features"
             h2, c2 = self.LSTM_T(torch.cat([P, F_t], -1), (h2, c2))               # (6)  (B,H)  [R4]
-            # "predict emotions of the current state P_t" (3.2.2)
+            # "predict emotions of the current state P_t"
             logits = self.W_p(h2)                                                 # (5)  (B,C)
             P = torch.softmax(logits, -1)                                         # (5)  (B,C)
 
             # "we add the attention scrambler on time series during the training stage. The adjacent attention
-            # weights A_T will be mixed after each prediction." (3.2.2); both lines use the old weights [R6]
+            # weights A_T will be mixed after each prediction." Both lines use the old weights [R6]
             if self.training and t > 0:
-                beta = 1 - (1 - self.beta) * real[:, t]                           #      (B,)   1 in padding
+                beta = 1 - (1 - self.beta) * real[:, t]                           #      (B,)   1, no mixing, in padding
                 old, A_T = A_T, A_T.clone()                                       #      a copy
                 A_T[:, t - 1] = beta * old[:, t - 1] + (1 - beta) * old[:, t]     # (10)
                 A_T[:, t] = (1 - beta) * old[:, t - 1] + beta * old[:, t]         # (10)
-                E = A_T * E.sum(1, keepdim=True)                                  #      it lasts [R6]
+                E = A_T * E.sum(1, keepdim=True)                                  #      the mixture lasts [R6]
             outputs.append((logits, P, A_o))
         logits, P, A_o = (torch.stack(v, 1) * real.unsqueeze(-1) for v in zip(*outputs))      # (B,T,...) each
         return dict(logits=logits, P=P, A_T=A_T, A_o=A_o)
@@ -206,14 +207,14 @@ def vote(P, lengths):
 
 def make_splits(data, args):
     """The (training, validation) positions of each run.
-
     Ekman: "The dataset provides the training and validation splits." VideoEmotion: "our experiments are conducted
     ten times. Each time we randomly choose 2/3 of the data for training and another 1/3 for validation." (4.1)"""
     lists = [read_list(path, data.ids) for path in args.split]
     splits = list(zip(lists[::2], lists[1::2]))
     with about(args.data):
-        for seed in range(args.seed, args.seed + 10) if not splits else ():  # 2/3 of each class [R12]
-            splits += StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed).split(data.ids, data.labels)
+        splits = splits or [  # 2/3 of each class [R12]
+            next(StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed).split(data.ids, data.labels))
+            for seed in range(args.seed, args.seed + 10)]
         for number, parts in enumerate(splits):
             for name, part in zip(("training", "validation"), parts):
                 counts = np.bincount([data.labels[i] for i in part], minlength=len(data.classes))
@@ -227,7 +228,7 @@ def make_splits(data, args):
 
 def batches(data, videos, args, standard, rng=None, epoch=0):
     """Yields [F_A, F_S, F_O], padded with zeros, lengths (B,), labels (B,), positions; an rng shuffles the batches."""
-    stretch = rng.uniform(1, 1.15, len(videos)) if rng else np.ones(len(videos))  # to mix similar lengths
+    stretch = rng.uniform(1, 1.15, len(videos)) if rng else np.ones(len(videos))  # neighbours vary
     order = [i for _, i in sorted((data.lengths[i] * s, i) for i, s in zip(videos, stretch))]
     starts = np.arange(0, len(order), args.batch)
     for start in rng.permutation(starts) if rng else starts:
@@ -240,10 +241,10 @@ def batches(data, videos, args, standard, rng=None, epoch=0):
 
 def run(number, data, train, test, args):
     """Trains and evaluates one split, seed --seed + number; the same command goes on where it stopped.
-
     Returns the scores of the LAST epoch and what `attention` says. Each epoch writes --out/run<number>.pt."""
     settings, path, saved = resume(number, data, train, test, args)
-    history, outputs = saved.get("history", []), None
+    history = saved.get("history", [])
+    outputs = None
     torch.manual_seed(settings["seed"])
     standard = None if args.raw else column_statistics(data, train, args)
     model = make_network(settings, args.literal).to(args.device)
@@ -309,22 +310,23 @@ def protocol(data, splits, args):
 
 class Fast(DFAN):
     """DFAN with O(T) work in place of O(T^2), by two identities, both exact.
-
     W F_t + b = sum_i A_Ti (W FF_i + b), as the A_Ti sum to 1: one product for all frames, before the loop.
     (7), (8) are num / den, sums of e_i (W FF_i + b) and of e_i = exp(G_Ti): frame t changes e_t, (10) also e_{t-1}."""
 
     def forward(self, F_A, F_S, F_O, lengths=None):
         FF, C, linear = torch.cat([F_A, F_S], -1), self.W_p.out_features, nn.functional.linear
-        real, (there, F_o_bar) = real_frames(FF, lengths).unsqueeze(-1), mean_object(F_O)  # (B,T,1), (B,T,K), (B,T,84)
+        real = real_frames(FF, lengths).unsqueeze(-1)  # (B,T,1)
+        there, F_o_bar = mean_object(F_O)  # (B,T,K), (B,T,84)
         W_P, W_FF = self.LSTM_T.weight_ih.split([C, FF.shape[-1]], -1)
         W_T = torch.cat([W_P, self.LSTM_T.weight_hh], -1)  # on [P; h2]
         T_in = linear(FF, W_FF, self.LSTM_T.bias_ih + self.LSTM_T.bias_hh)  # (B,T,4H)  of (6)
-        W_F_o, W_FF = self.W_Tf.weight.split([F_O.shape[-1], FF.shape[-1]], -1)
-        G_FF = linear(FF, W_FF, self.W_Tf.bias).unbind(1)  # (B,T,1)  of (9)
-        G_object = (F_O @ W_F_o[0]).unbind(1)  # (B,T,K)  of (9)
-        G_F_o = self.W_of(F_O).squeeze(-1).unbind(1) if self.o_focus else None  # (B,T,K)  of (3)
+        W_F_o, W_S = self.W_Tf.weight.split([F_O.shape[-1], FF.shape[-1]], -1)
+        G_FF = linear(FF, W_S, self.W_Tf.bias)  # (B,T,1)  of (9)
+        G_object = F_O @ W_F_o[0]  # (B,T,K)  of (9)
+        G_F_o = self.W_of(F_O).squeeze(-1) if self.o_focus else there  # (B,T,K)  of (3)
         num, den, E = (real * T_in).sum(1), real.sum(1), list(real.unbind(1))
-        T_in, real_t, there, F_o_bar = (v.unbind(1) for v in (T_in, real, there, F_o_bar))
+        frames = (v.unbind(1) for v in (T_in, real, there, F_o_bar, G_FF, G_object, G_F_o))  # v[:, t] is slow backwards
+        T_in, real_t, there, F_o_bar, G_FF, G_object, G_F_o = frames
         h1 = c1 = h2 = c2 = FF.new_zeros(len(FF), self.W_p.in_features)
         P, G_o, outputs = FF.new_zeros(len(FF), C), torch.zeros_like(there[0]), []
         for t in range(len(T_in)):
@@ -332,8 +334,8 @@ class Fast(DFAN):
                 h1, c1 = self.LSTM_S(torch.cat([F_o_bar[t], h2], -1), (h1, c1))  # (4)
                 G_o = torch.tanh(self.W_oh(h1) + G_F_o[t])  # (3)
             A_o = focus(G_o, there[t])  # (2)
-            F_o_hat = (A_o * G_object[t]).sum(-1, keepdim=True)  # (1)  times W_Tf
-            e_t = torch.tanh(self.W_Th(h2) + F_o_hat + G_FF[t]).exp() * real_t[t]  # (9)
+            G_hat = (A_o * G_object[t]).sum(-1, keepdim=True)  # (1)  times W_Tf
+            e_t = torch.tanh(self.W_Th(h2) + G_hat + G_FF[t]).exp() * real_t[t]  # (9)
             rise, E[t] = e_t - E[t], e_t
             num, den = num + rise * T_in[t], den + rise  # (7), (8)
             i, f, g, o = torch.addmm(num / den, torch.cat([P, h2], -1), W_T.T).chunk(4, -1)  # (6)
@@ -377,17 +379,16 @@ def column_statistics(data, train, args):
     columns = StandardScaler()
     for i in train:
         columns.partial_fit(torch.cat(as_inputs(data.load(i)[0], args.features, args.objects)[:2], -1).double())
-    varies = columns.var_ > (1e-6 * columns.mean_) ** 2  # above the rounding of a constant
-    return torch.tensor(np.stack([columns.mean_, varies / columns.scale_]), dtype=torch.float32)
+    return torch.tensor(np.stack([columns.mean_, (columns.var_ > (1e-6 * columns.mean_) ** 2) / columns.scale_])).float()
 
 
 def read_features(path, names):
     """The arrays of an .npz, float32: objects (T,K,D), others (T,D); and a dict of what else it says."""
-    with about(path, "delete it if it is damaged"), np.load(path, allow_pickle=False) as f:
+    with about(path, "delete it if damaged"), np.load(path, allow_pickle=False) as f:
         F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
-        other = {name: f[name] for name in ("frames", "seconds", "inside") if name in f}
+        other = {k: f[k].astype(v) for k, v in (("frames", int), ("seconds", float), ("inside", bool)) if k in f}
         shapes = {name: tuple(v.shape) for name, v in (F | other).items()}
-        same = len({shape[0] for shape in shapes.values()}) == 1
+        same = len({shape[0] for shape in shapes.values()}) == 1 and len(F[names[0]]) > 0
         assert same and all(v.dim() == 2 + (k == "objects") for k, v in F.items()), f"not (T,D), (T,K,D) of one T: {shapes}"
         assert all(v.isfinite().all() for v in F.values()), "NaN or infinity in it"
         settings = json.loads(str(f["settings"])) if "settings" in f else {}
@@ -423,11 +424,9 @@ class Features:
 
 
 class Planted:
-    """A built-in set on which both focuses are needed: T = 24 frames of K = 8 objects.
-
+    """A built-in set on which both focuses are needed: T = 24 frames of K = 8 objects, drawn anew in each epoch.
     Four two-frame snippets carry the action pattern of an emotion, one the true one's. Only there is the first object a
-    confident "key" (class 0, 0.95); all others are weak detections (0.05 to 0.5) of five classes, 0 among them. Each
-    epoch draws new training videos."""
+    confident "key" (class 0, 0.95); all others are weak detections (0.05 to 0.5) of five classes, 0 among them."""
     T, K, TRAIN, TEST = 24, 8, 1000, 500
     classes, extraction = ["anger", "disgust", "fear", "joy", "sadness", "surprise"], {}
 
@@ -449,13 +448,12 @@ class Planted:
             F_A[2 * snippet:2 * snippet + 2] += self.patterns[emotion]
         inside = np.arange(T) // 2 == snippets[0]
         F_O[inside, 0, :80] = 0.95 * np.eye(80)[0]
-        F = {name: torch.tensor(v, dtype=torch.float32) for name, v in zip(FEATURES, (F_A, F_S, F_O))}
+        F = {name: torch.tensor(v).float() for name, v in zip(FEATURES, (F_A, F_S, F_O))}
         return F, dict(inside=inside)
 
 
 def read_list(path, ids):
     """Positions in ids of the videos that a split list names. If some are not there, every number is marked.
-
     A line: class/name, or a name that one class alone has; a suffix and a label may follow, and are not believed."""
     same = lambda name: unicodedata.normalize("NFC", name.replace("\\", "/"))
     bare = lambda name: name[:name.rindex(".")] if name.lower().endswith(SUFFIXES) else name
@@ -512,10 +510,10 @@ def write_whole(path, content):
 
 
 def load_checkpoint(path):
-    """What `run` saved; no code in it runs."""
-    with about(path, "a damaged run0.pt may be deleted, to train again"):
+    """What `run` saved; no code of it runs."""
+    with about(path, "train first; if damaged, delete it"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        assert saved["settings"] and saved["model"] and saved["history"]
+        assert saved["settings"]
         return saved
 
 
@@ -526,7 +524,7 @@ def resume(number, data, train, test, args):
         shape=[v.shape[-1] for v in as_inputs(data.load(train[0])[0], args.features, args.objects)],
         videos=[[data.ids[i] for i in part] for part in (train, test)])
     path = Path(args.out, f"run{number}.pt")
-    for other in sorted(Path(args.root).rglob(path.name), key=lambda p: p != path):
+    for other in sorted(path.parents[bool(args.reproduce)].rglob(path.name), key=lambda p: p != path):
         saved = load_checkpoint(other)
         differs = [k for k in settings if saved["settings"].get(k) != settings[k]]
         differs += ["epochs"] * (len(saved["history"]) > args.epochs)
@@ -560,9 +558,10 @@ def report(what, data, splits, args):
         out = f"{args.out}/{row.replace(' ', '')}" if what else args.out
         cell = argparse.Namespace(**vars(args) | changed | dict(out=out))
         results = protocol(data, splits, cell)
-        for name, numbers in results[0]["attention"].items():
-            means = {k: np.mean([r["attention"][name][k] for r in results]) for k in numbers}
-            say(f"attention  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
+        for name in dict.fromkeys(name for r in results for name in r["attention"]):
+            numbers = [r["attention"][name] for r in results if name in r["attention"]]
+            means = {k: np.mean([n[k] for n in numbers]) for k in numbers[0]}
+            say(f"{row:<18}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                 + "  nearly uniform" * bool(means.get("max/min", 2) < 1.3))
         found[row] = dict(settings=vars(cell), marks=MARKS, classes=data.classes, runs=results)
         values = {name: np.array([r[name] for r in results]) for name in ("accuracy", "macro")}
@@ -575,7 +574,7 @@ def report(what, data, splits, args):
             lines[-1] += f"  {name} {100 * v.mean():5.2f} ± {100 * v.std(ddof=len(v) > 1):.2f}"
         lines[-1] += f"  paper {paper[args.dataset == 'ekman']}" if paper else ""
     counts = np.bincount([data.labels[i] for i in splits[0][1]], minlength=len(data.classes))
-    say(f"{'true / predicted':<18}videos" + "".join(f"{c:>14}" for c in data.classes))  # figure 3
+    say(f"{'true / predicted':<18}videos" + "".join(f"{c:>14}" for c in data.classes))  # figure 3, the last row's
     for c, n, values in zip(data.classes, counts, np.mean([r["confusion"] for r in results], 0)):
         say(f"  {c:<16}{n:>6}" + "".join(f"{v:>14.2f}" for v in values))
     if what == "figure4":  # the first validation video of each class
@@ -588,34 +587,35 @@ def report(what, data, splits, args):
 
 
 def limit_of(m, n):
-    """The most attention that m of n can get: G is a tanh, so no weight exceeds another by more than e^2."""
+    """The most attention that m of n can get: G is a tanh, so no weight is more than e^2 times another."""
     return m * np.e / (m * np.e + (n - m) / np.e)
 
 
 def attention(data, outputs):
-    """{what: {who: number}} on the validation videos: medians of the most attended, means of the shares in segments."""
+    """{what: {who: number}} of the validation videos: medians of the most attended, mean shares in segments."""
     rows = defaultdict(list)
     for i, out in outputs.items():
         inside, A_o = data.inside.get(i), out["A_o"]
         for name, As in (("frame", out["A_T"][None]), ("object", A_o)):
-            for A in (A[A > 0] for A in As if (A > 0).sum() > 1):
+            for w in (A[A > 0] for A in As if (A > 0).sum() > 1):
                 rows[f"most attended {name}"].append({
-                    "times uniform": A.max() * len(A), "limit": limit_of(1, len(A)) * len(A), "max/min": A.max() / A.min()})
-        if inside is not None:
+                    "times uniform": w.max() * len(w), "limit": limit_of(1, len(w)) * len(w), "max/min": w.max() / w.min()})
+        if inside is not None and 0 < inside.mean() < 1:
             rows["segments"].append(dict(
                 A_T=out["A_T"][inside].sum(), uniform=inside.mean(), limit=limit_of(inside.sum(), len(inside))))
         if isinstance(data, Planted) and A_o.size:
-            rows["planted object"].append(dict(A_o=A_o[inside, 0].mean(), uniform=1 / data.K, limit=limit_of(1, data.K)))
-    middle = lambda name: np.median if name.startswith("most") else np.mean
-    return {name: {who: float(middle(name)([v[who] for v in row])) for who in row[0]} for name, row in rows.items()}
+            K = A_o.shape[1]
+            rows["planted object"].append(dict(A_o=A_o[inside, 0].mean(), uniform=1 / K, limit=limit_of(1, K)))
+    return {name: {who: float((np.median if name.startswith("most") else np.mean)([v[who] for v in row])) for who in row[0]}
+            for name, row in rows.items()}
 
 
 def show(source, target, F, other, saved, args, video=None):
-    """Prints what a checkpoint's network sees in a video; writes <target>.json, and <target>.png with its frames."""
+    """Prints what a checkpoint's network sees in a video; writes <target>.json and <target>.png."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights as weights
     names = [name for name in weights.COCO_V1.meta["categories"] if name not in ("__background__", "N/A")]
     settings, classes, objects = saved["settings"], saved["settings"]["classes"], []
-    with about(source, "are these features like those of the training?"):
+    with about(source, "are its features like the training's?"):
         model = make_network(settings, args.literal).eval()
         model.load_state_dict(saved["model"])
         F_A, F_S, F_O = as_inputs(F, settings["features"], settings["objects"], saved["standard"])
@@ -641,7 +641,7 @@ def show(source, target, F, other, saved, args, video=None):
             f"{o['name']} {o['probability']:.2f} ({o['times_uniform']:.2f})" for o in m["objects"]))
     write_whole(Path(f"{target}.json"), json.dumps(found).encode())
     title = "  ".join([f"{source}: {found['emotion']}{flat}", *MARKS])
-    draw(Path(f"{target}.png"), title, A_T, P, found, video, other.get("inside"))
+    draw(Path(f"{target}.png"), title, A_T, P, found, video, other.get("inside", np.zeros(len(P), bool)))
     say(f"  {target}.png, {target}.json")
 
 
@@ -650,10 +650,10 @@ def draw(path, title, A_T, P, found, video, inside):
     with about(path, "pictures need cv2; on a server: pip install opencv-python-headless"):
         import cv2
     (T, C), image, moments = P.shape, np.full((900, 1600, 3), 255, np.uint8), found["moments"]
-    frames = [] if video else [np.full((270, 384, 3), 90, np.uint8)] * len(moments)
-    os.environ["OPENCV_FFMPEG_READ_ATTEMPTS"] = "1000000"  # packets of sound between two pictures
+    frames = [] if video else [np.full((270, 384, 3), 90, np.uint8)] * 4
+    os.environ["OPENCV_FFMPEG_READ_ATTEMPTS"] = "1000000"  # as in extraction
     decoder, number, failed = video and cv2.VideoCapture(os.path.abspath(video), cv2.CAP_FFMPEG), 0, 0
-    while len(frames) < len(moments) and failed < 200:  # a damaged packet is passed over, as in extraction
+    while len(frames) < len(moments) and failed < 200:  # past damaged packets
         ok, frame = decoder.read()
         frames += [frame] if ok and number == moments[len(frames)]["frame"] else []
         number, failed = number + ok, 0 if ok else failed + 1
@@ -674,12 +674,11 @@ def draw(path, title, A_T, P, found, video, inside):
             x1, y1, x2, y2 = (np.array(o["box"]) * [w, h, w, h] + [left, 46, left, 46]).astype(int).tolist()
             cv2.rectangle(image, (x1, y1), (x2, y2), (170 * (1 - green), 170 + 40 * green, 170 * (1 - green)), 3)
             for colour, thick in ((0, 6), ((255, 255, 255), 2)):  # readable on any frame
-                write(f"{rank}", x1 + 24 * rank - 20, y1 + 22, colour, thick)
+                write(str(rank), x1 + 24 * rank - 20, y1 + 22, colour, thick)
             write(f"{rank} {o['name']} {o['times_uniform']:.2f} x uniform", left, 316 + 26 * rank)
     now, high = np.arange(1480) * T // 1480, max(1.1 * A_T.max(), 2)  # the frame of each column
     curve = image[460:691, 100:1580]
-    if inside is not None:
-        curve[:, inside[now]] = (190, 240, 250)
+    curve[:, inside[now]] = (190, 240, 250)
     for v in range(int(high) + 1):
         curve[int(230 - 230 * v / high)] = 180
         write(f"{v} x", 40, 697 - 230 * v / high)
@@ -694,12 +693,12 @@ def draw(path, title, A_T, P, found, video, inside):
 
 
 def predict(source, saved, args):
-    """Shows an .npz, or a video: its features are first extracted as those of the checkpoint were."""
+    """Shows an .npz, or a video, whose features it extracts as the checkpoint's were."""
     path, video, extraction = Path(source), None, saved["settings"]["extraction"]
     with about(source):
         assert path.is_file() and path.suffix.lower() in (".npz", *SUFFIXES), (
             f"no .npz and no video ({' '.join(SUFFIXES)}); of a folder give {path}/*.mp4")
-        if path.suffix != ".npz":
+        if path.suffix.lower() in SUFFIXES:
             assert "options" in extraction, f"{args.checkpoint} was not trained on features of extract_features.py"
             script = Path(__file__).with_name("extract_features.py")
             line = [sys.executable, script, source, args.out, *extraction["options"], "--device", args.device]
@@ -718,7 +717,7 @@ def parse_args(argv=None):
     add("--data", help="features (default: a planted set)")
     add("--dataset", choices=("videoemotion", "ekman"), default="ekman", help="ten drawn splits, or a fixed one")
     add("--split", nargs="+", default=[], help="TRAIN TEST ... (default: FEATS/*list01.txt)")
-    add("--raw", action="store_true", help="do not standardise the features")
+    add("--raw", action="store_true", help="features not standardised")
     add("--features", default=",".join(FEATURES), help="arrays of the .npz")
     add("--fusion", choices=("dual", "time", "avg", "max"), help="table 2 (default: dual)")
     add("--objects", type=int, default=OBJECTS, help=f"of a frame, at most (default: {OBJECTS})")
@@ -737,8 +736,8 @@ def parse_args(argv=None):
     if not args.data and not args.predict:
         parser.set_defaults(**PLANTED, runs=5 if args.reproduce else 1)
         args = parser.parse_args(argv)
-    args.root, args.features = args.out, tuple(args.features.split(","))
-    args.fusion = args.fusion or ("dual" if "objects" in args.features else "time")
+    args.features = FEATURES if args.reproduce else tuple(args.features.split(","))
+    args.fusion = args.fusion if args.fusion and not args.reproduce else "dual" if "objects" in args.features else "time"
     if args.data and args.dataset == "ekman" and not args.split:
         args.split = [f"{args.data}/{name}list01.txt" for name in ("train", "test")]
     if min(getattr(args, name) for name in (*NOT_IN_THE_PAPER, "runs", "objects")) <= 0 or args.seed < 0:
@@ -758,14 +757,15 @@ def main(argv=None):
         for source in args.predict:
             predict(source, saved, args)
         return
-    data = Features(args.data, FEATURES if args.reproduce else args.features) if args.data else Planted(args.seed)
+    data = Features(args.data, args.features) if args.data else Planted(args.seed)
     splits = make_splits(data, args) if args.data else [(range(data.TRAIN), range(data.TRAIN, len(data.ids)))]
     leaked = {data.ids[i] for _, test in splits for i in test} & set(data.extraction.get("tuned_on") or ())
-    MARKS.extend([f"{len(leaked)} LEAKED"] * bool(leaked))  # the backbones were tuned on validation videos
-    found, path = report(args.reproduce, data, splits, args), Path(args.out, "results.json")
+    MARKS.extend([f"{len(leaked)} LEAKED"] * bool(leaked))  # fine-tuning saw validation videos
+    found = report(args.reproduce, data, splits, args)
+    path = Path(args.out, "results.json")
     write_whole(path, json.dumps(found if args.reproduce else found["result"], indent=1).encode())
-    more = f"--predict VIDEO --checkpoint {args.out}/run0.pt" if args.data else "--reproduce figure4 --runs 1"
-    say(f"written  {path}; next: python dfan.py {more}")
+    checkpoint = list(found.values())[-1]["runs"][0]["checkpoint"]
+    say(f"written  {path}; next: --reproduce figure4 --runs 1, or --predict VIDEO --checkpoint {checkpoint}")
 
 
 def ranks():
@@ -776,9 +776,10 @@ def ranks():
 def gather(value):
     """[value of each of torchrun's processes], or [value]."""
     values = [value] * ranks()[1]
-    with about("torchrun", "another process has ended: its line says why"):
+    with about("torchrun", "another process ended: see its line"):
         if len(values) > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # runs are long
+            atexit.register(torch.distributed.destroy_process_group)
         if len(values) > 1:
             torch.distributed.all_gather_object(values, value)
     return values
