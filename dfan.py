@@ -2,7 +2,6 @@
 
     python dfan.py                                        # no data: a built-in planted set, about a minute
     python dfan.py --data feats/ --dataset ekman          # one fixed split; videoemotion: ten drawn ones (4.1)
-    python dfan.py --data feats/ --reproduce table2       # a table or figure of section 4, beside the paper's
     python dfan.py --predict clip.mp4                     # your own video: which emotion, when, where
 
 feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of a video:
@@ -211,7 +210,7 @@ def make_splits(data, args):
     ten times. Each time we randomly choose 2/3 of the data for training and another 1/3 for validation." (4.1)"""
     lists = [read_list(path, data.ids) for path in args.split]
     splits = list(zip(lists[::2], lists[1::2]))
-    with about(args.data):
+    with about(" ".join(args.split) or args.data):
         splits = splits or [  # 2/3 of each class [R12]
             next(StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed).split(data.ids, data.labels))
             for seed in range(args.seed, args.seed + 10)]
@@ -228,7 +227,7 @@ def make_splits(data, args):
 
 def batches(data, videos, args, standard, rng=None, epoch=0):
     """Yields [F_A, F_S, F_O], padded with zeros, lengths (B,), labels (B,), positions; an rng shuffles the batches."""
-    stretch = rng.uniform(1, 1.15, len(videos)) if rng else np.ones(len(videos))  # neighbours vary
+    stretch = rng.uniform(1, 1.15, len(videos)) if rng else np.ones(len(videos))
     order = [i for _, i in sorted((data.lengths[i] * s, i) for i, s in zip(videos, stretch))]
     starts = np.arange(0, len(order), args.batch)
     for start in rng.permutation(starts) if rng else starts:
@@ -384,7 +383,7 @@ def column_statistics(data, train, args):
 
 def read_features(path, names):
     """The arrays of an .npz, float32: objects (T,K,D), others (T,D); and a dict of what else it says."""
-    with about(path, "delete it if damaged"), np.load(path, allow_pickle=False) as f:
+    with about(path, "damaged, or other --features?"), np.load(path, allow_pickle=False) as f:
         F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
         other = {k: f[k].astype(v) for k, v in (("frames", int), ("seconds", float), ("inside", bool)) if k in f}
         shapes = {name: tuple(v.shape) for name, v in (F | other).items()}
@@ -628,7 +627,7 @@ def show(source, target, F, other, saved, args, video=None):
         objects.append([dict(name=names[F_o[k, :80].argmax()], probability=float(F_o[k, :80].max()), A_o=float(A_o[k]),
                              times_uniform=float(A_o[k] * len(there)), box=F_o[k, 80:].tolist()) for k in there])
     best = [part[A_T[part].argmax()] for part in np.array_split(range(len(P)), min(4, len(P)))]  # of each quarter
-    moments = [dict(seconds=seconds[t], frame=frames[t], times_uniform=float(A_T[t]), objects=objects[t][:3]) for t in best]
+    moments = [dict(index=int(t), seconds=seconds[t], frame=frames[t], times_uniform=float(A_T[t]), objects=objects[t][:3]) for t in best]
     last = dict(zip(classes, P[-LAST_FRAMES:].mean(0).tolist()))
     found = dict(video=str(source), emotion=classes[vote(torch.tensor(P[None]), [len(P)])[0]], probabilities=last,
                  moments=moments, marks=MARKS, seconds=seconds, frames=frames, A_T=out["A_T"].tolist(),
@@ -651,7 +650,7 @@ def draw(path, title, A_T, P, found, video, inside):
         import cv2
     (T, C), image, moments = P.shape, np.full((900, 1600, 3), 255, np.uint8), found["moments"]
     frames = [] if video else [np.full((270, 384, 3), 90, np.uint8)] * 4
-    os.environ["OPENCV_FFMPEG_READ_ATTEMPTS"] = "1000000"  # as in extraction
+    os.environ["OPENCV_FFMPEG_READ_ATTEMPTS"] = "1000000"
     decoder, number, failed = video and cv2.VideoCapture(os.path.abspath(video), cv2.CAP_FFMPEG), 0, 0
     while len(frames) < len(moments) and failed < 200:  # past damaged packets
         ok, frame = decoder.read()
@@ -659,8 +658,7 @@ def draw(path, title, A_T, P, found, video, inside):
         number, failed = number + ok, 0 if ok else failed + 1
 
     def write(text, x, y, colour=(30, 30, 30), thick=1):  # cv2's fonts are ASCII
-        text = text.encode("ascii", "replace").decode()
-        cv2.putText(image, text, (int(x), int(y)), 0, 0.7, colour, thick, cv2.LINE_AA)
+        cv2.putText(image, text.encode("ascii", "replace").decode(), (int(x), int(y)), 0, 0.7, colour, thick, cv2.LINE_AA)
 
     write(title, 12, 32)
     for left, moment, frame in zip(range(12, 1600, 396), moments, frames):
@@ -668,13 +666,15 @@ def draw(path, title, A_T, P, found, video, inside):
         small = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         h, w = small.shape[:2]
         image[46:46 + h, left:left + w] = small
-        write(f"{moment['seconds']:.1f} s", left, 420)
+        for x, y in ((left, 420), (100 + 1480 * moment["index"] // T, 716)):
+            write(f"{moment['seconds']:.1f} s", x, y)
         for rank, o in enumerate(moment["objects"], 1):
             green = np.clip((o["times_uniform"] - 1) / 3, 0, 1)
             x1, y1, x2, y2 = (np.array(o["box"]) * [w, h, w, h] + [left, 46, left, 46]).astype(int).tolist()
             cv2.rectangle(image, (x1, y1), (x2, y2), (170 * (1 - green), 170 + 40 * green, 170 * (1 - green)), 3)
-            for colour, thick in ((0, 6), ((255, 255, 255), 2)):  # readable on any frame
-                write(str(rank), x1 + 24 * rank - 20, y1 + 22, colour, thick)
+            x, y = min(x1, left + w - 72) + 24 * rank - 20, min(y1, h + 20) + 22
+            cv2.rectangle(image, (x - 4, y - 19), (x + 16, y + 5), (0, 0, 0), -1)
+            write(str(rank), x, y, (255, 255, 255))
             write(f"{rank} {o['name']} {o['times_uniform']:.2f} x uniform", left, 316 + 26 * rank)
     now, high = np.arange(1480) * T // 1480, max(1.1 * A_T.max(), 2)  # the frame of each column
     curve = image[460:691, 100:1580]
@@ -684,8 +684,8 @@ def draw(path, title, A_T, P, found, video, inside):
         write(f"{v} x", 40, 697 - 230 * v / high)
     line = np.stack([np.arange(1480), 230 - 230 * A_T[now] / high], 1).astype(int)
     cv2.polylines(curve, [line], False, (220, 90, 30), 2, cv2.LINE_AA)
-    write(f"A_T in times uniform (shaded: a segment), and P, over {found['seconds'][-1]:.1f} s", 100, 452)
-    colours = cv2.applyColorMap((np.arange(C)[None] * 255 // C).astype(np.uint8), cv2.COLORMAP_TURBO)[0]
+    write("A_T in times uniform, and P" + "; shaded: a segment" * bool(inside.any()), 100, 452)
+    colours = cv2.applyColorMap((np.arange(C)[None] * 255 // C).astype(np.uint8), cv2.COLORMAP_TURBO)[0] * 0.8
     image[730:820, 100:1580] = colours[(np.linspace(0, 1, 90)[:, None, None] > P.cumsum(1)[now, :-1]).sum(-1)]
     for x, name, colour in zip(range(100, 1580, 1480 // C), found["P"], colours.tolist()):
         write(name[:14], x, 859, colour, 2)
@@ -697,7 +697,7 @@ def predict(source, saved, args):
     path, video, extraction = Path(source), None, saved["settings"]["extraction"]
     with about(source):
         assert path.is_file() and path.suffix.lower() in (".npz", *SUFFIXES), (
-            f"no .npz and no video ({' '.join(SUFFIXES)}); of a folder give {path}/*.mp4")
+            "not there, or neither an .npz nor a video; of a folder give FOLDER/*.mp4")
         if path.suffix.lower() in SUFFIXES:
             assert "options" in extraction, f"{args.checkpoint} was not trained on features of extract_features.py"
             script = Path(__file__).with_name("extract_features.py")
@@ -740,7 +740,7 @@ def parse_args(argv=None):
     args.fusion = args.fusion if args.fusion and not args.reproduce else "dual" if "objects" in args.features else "time"
     if args.data and args.dataset == "ekman" and not args.split:
         args.split = [f"{args.data}/{name}list01.txt" for name in ("train", "test")]
-    if min(getattr(args, name) for name in (*NOT_IN_THE_PAPER, "runs", "objects")) <= 0 or args.seed < 0:
+    if not all(getattr(args, name) > 0 for name in (*NOT_IN_THE_PAPER, "runs", "objects")) or args.seed < 0:
         parser.error("numbers must be positive; --seed may be 0")
     if not 0 <= args.beta <= 1 or len(args.split) % 2 or not args.data and set(args.features) - set(FEATURES):
         parser.error("--beta must be in [0, 1], --split takes pairs of lists, --features of your own need --data")
@@ -760,12 +760,12 @@ def main(argv=None):
     data = Features(args.data, args.features) if args.data else Planted(args.seed)
     splits = make_splits(data, args) if args.data else [(range(data.TRAIN), range(data.TRAIN, len(data.ids)))]
     leaked = {data.ids[i] for _, test in splits for i in test} & set(data.extraction.get("tuned_on") or ())
-    MARKS.extend([f"{len(leaked)} LEAKED"] * bool(leaked))  # fine-tuning saw validation videos
+    MARKS.extend([f"{len(leaked)} LEAKED"] * bool(leaked))  # by fine-tuning
     found = report(args.reproduce, data, splits, args)
-    path = Path(args.out, "results.json")
-    write_whole(path, json.dumps(found if args.reproduce else found["result"], indent=1).encode())
-    checkpoint = list(found.values())[-1]["runs"][0]["checkpoint"]
-    say(f"written  {path}; next: --reproduce figure4 --runs 1, or --predict VIDEO --checkpoint {checkpoint}")
+    out, last = Path(args.out, "results.json"), list(found.values())[-1]
+    write_whole(out, json.dumps(found if args.reproduce else last, indent=1).encode())
+    more = f"--predict VIDEO --checkpoint {last['runs'][0]['checkpoint']}" if args.data else "--reproduce figure4 --runs 1"
+    say(f"written  {out}; next: python dfan.py {more}")
 
 
 def ranks():

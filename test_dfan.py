@@ -596,8 +596,9 @@ def test_attention_and_its_shares(tmp_path, capsys, monkeypatch):
     assert np.isclose(found["segments"]["limit"], (np.e / (np.e + 2 / np.e) + 2 * np.e / (2 * np.e + 1 / np.e)) / 2)
     feats = write_feats(tmp_path / "f")
     for spread, flat in ((1.29, True), (1.31, False)):
-        monkeypatch.setattr(dfan, "attention", lambda *_: {"most attended frame": {"times uniform": 1.8, "max/min": spread}})
-        train("--data", feats, "--out", tmp_path / "o")
+        said = iter([{}, {"most attended frame": {"times uniform": 1.8, "max/min": spread}}])  # not of every run
+        monkeypatch.setattr(dfan, "attention", lambda *_: next(said))
+        train("--data", feats, "--runs", 2, "--out", tmp_path / "o")
         line = next(v for v in capsys.readouterr().out.splitlines() if "most attended frame" in v)
         assert "times uniform 1.800" in line and ("nearly uniform" in line) == flat
 
@@ -660,7 +661,7 @@ def test_predict_overwrites_nothing_given_and_refuses(trained, tmp_path, capsys)
     (tmp_path / "y.mp4").write_bytes(b"no video")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert not predicted(capsys, tmp_path / "x.npz", *more)[1]
-    for source, word in ((tmp_path / "y.png", ".npz"), (feats, f"{feats}/*.mp4"), (tmp_path / "none.npz", "no .npz"),
+    for source, word in ((tmp_path / "y.png", ".npz"), (feats, "FOLDER/*.mp4"), (tmp_path / "none.npz", "not there"),
                          (tmp_path / "y.mp4", "was not trained on")):
         error = predicted(capsys, source, *more)[1]
         assert word in error and error.startswith(f"{source}: "), error
@@ -689,7 +690,7 @@ def test_errors_are_one_line_and_status_2(tmp_path, monkeypatch):
     assert "smell" in error_of("--data", feats, "--features", "action,smell", "--out", tmp_path / "o")
 
 
-@pytest.mark.parametrize("argv", ["--beta 2", "--lr 0", "--seed -1", "--epochs 0", "--objects 0", "--features audio",
+@pytest.mark.parametrize("argv", ["--beta 2", "--lr nan", "--seed -1", "--epochs 0", "--objects 0", "--features audio",
                                   "--resume", "--split a", "--epochs x"])
 def test_wrong_options(argv, capsys, monkeypatch):
     monkeypatch.setattr(dfan, "Planted", None)  # nothing is trained, even where this fails
@@ -951,7 +952,6 @@ def test_a_damaged_packet_does_not_end_the_video(tmp_path):
 
 
 def test_a_promise_of_more_frames_is_no_failure(tmp_path):
-    """A sample table that promises more frames than there are: every frame is read, the wording leaves it open."""
     path = write_video(tmp_path / "a.avi", 40, codec="MJPG")
     content = path.read_bytes()
     at = content.index(b"avih") + 8 + 16  # dwTotalFrames of the main header
