@@ -275,7 +275,7 @@ def run(number, data, train, test, args):
         history.append(now)
         torch.save(dict(settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(), standard=standard,
                         history=history), buffer := io.BytesIO())
-        write_whole(path, buffer.getbuffer())
+        write_whole(path, buffer.getvalue())
     outputs = outputs or evaluate(model, data, test, args, standard)[0]  # finished before
     return history[-1] | dict(seed=settings["seed"], checkpoint=str(path), attention=attention(data, outputs))
 

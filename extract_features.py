@@ -422,11 +422,11 @@ def finetune(args, videos, names, weights, files, device):
                 if not kept.exists():
                     print(f"tuning   images of {identity}", flush=True)
                     np.savez(buffer := io.BytesIO(), **kept_images(videos[identity], args.every, not args.no_flow))
-                    write_whole(kept, buffer.getbuffer())
+                    write_whole(kept, buffer.getvalue())
         backbone = build([name], weights, args.seed, device)[name]
         state = tune(name, backbone, images, labels, len(classes), device, args.seed)
         torch.save(dict(state=state, meta=meta), buffer := io.BytesIO())
-        write_whole(path, buffer.getbuffer())
+        write_whole(path, buffer.getvalue())
     shutil.rmtree(feats / ".tuning", ignore_errors=True)
 
 
@@ -497,7 +497,7 @@ def main(argv=None):
         try:
             arrays = extract(videos[identity], models, settings, args.batch, device)
             np.savez(buffer := io.BytesIO(), **arrays)
-            write_whole(out[identity], buffer.getbuffer())
+            write_whole(out[identity], buffer.getvalue())
         except (VideoError, cv2.error) as error:
             failures.append(" ".join(f"FAILED   {videos[identity]}: {error}".split("\n")))
             print(failures[-1], flush=True)
