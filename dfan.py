@@ -67,7 +67,6 @@ CLIP = 1.0                                  # ours too: the most norm of a gradi
 class DFAN(nn.Module):
     """ "The Dual Focus Attention (DFA) cell consists of two focus attention modules with two vanilla LSTM
     cells" (3.2), run over the frames of a video (figure 1). o_focus=False: T.Focus alone, a row of Table 2 [R9].
-
     This class is the complete algorithm. `Fast`, below, has the same parameters and results: just efficiency.
     """
 
@@ -142,7 +141,7 @@ class DFAN(nn.Module):
                 A_T[:, t] = (1 - beta) * old[:, t - 1] + beta * old[:, t]         # (10)
                 E = A_T * E.sum(1, keepdim=True)                                  #      the mixture lasts [R6]
             outputs.append((logits, P, A_o))
-        logits, P, A_o = (torch.stack(v, 1) * real.unsqueeze(-1) for v in zip(*outputs))      # (B,T,...) each
+        logits, P, A_o = (torch.stack(v, 1) * real.unsqueeze(-1) for v in zip(*outputs))  # (B,T,...) each
         return dict(logits=logits, P=P, A_T=A_T, A_o=A_o)
 
 
@@ -208,7 +207,13 @@ def make_splits(data, args):
     """The (training, validation) positions of each run.
     Ekman: "The dataset provides the training and validation splits." VideoEmotion: "our experiments are conducted
     ten times. Each time we randomly choose 2/3 of the data for training and another 1/3 for validation." (4.1)"""
-    lists = [read_list(path, data.ids) for path in args.split]
+    lists = []
+    for path in args.split:
+        found, missing = read_list(path, data.ids)
+        lists.append(found)
+        if missing:
+            MARKS.append(f"{len(missing)} MISSING")
+            say(f"missing  {path}: {', '.join(missing[:5])}, ...; there are {data.ids[0]}, ...")
     splits = list(zip(lists[::2], lists[1::2]))
     with about(" ".join(args.split) or args.data):
         splits = splits or [  # 2/3 of each class [R12]
@@ -220,8 +225,8 @@ def make_splits(data, args):
                 line = f"split {number}  {name} {len(part)}: " + ", ".join(f"{c} {n}" for c, n in zip(data.classes, counts))
                 say(line)
                 assert counts.all(), f"a class without a video: {line}"
-            both = [data.ids[i] for i in parts[0] if i in parts[1]]
-            assert not both, f"in both lists of split {number}: {both[0]}"
+            both = sorted(set(parts[0]) & set(parts[1]))
+            assert not both, f"in both lists of split {number}: {data.ids[both[0]]}"
     return splits
 
 
@@ -245,7 +250,7 @@ def run(number, data, train, test, args):
     history = saved.get("history", [])
     outputs = None
     torch.manual_seed(settings["seed"])
-    standard = None if args.raw else column_statistics(data, train, args)
+    standard = saved["standard"] if saved else None if args.raw else column_statistics(data, train, args)
     model = make_network(settings, args.literal).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     if saved:
@@ -368,7 +373,7 @@ def as_inputs(F, features, objects, standard=None):
     F_O = F["objects"][:, :objects] if "objects" in features else torch.zeros(len(F[features[0]]), 0, 0)
     series = [F[name] for name in features if name != "objects"] or [mean_object(F_O)[1]]
     FF, d_action = torch.cat(series, -1), series[0].shape[-1]
-    if standard is not None:  # of `column_statistics`
+    if standard is not None:
         FF = (FF - standard[0]) * standard[1]
     return FF[:, :d_action], FF[:, d_action:], F_O
 
@@ -389,7 +394,7 @@ def read_features(path, names):
         shapes = {name: tuple(v.shape) for name, v in (F | other).items()}
         same = len({shape[0] for shape in shapes.values()}) == 1 and len(F[names[0]]) > 0
         assert same and all(v.dim() == 2 + (k == "objects") for k, v in F.items()), f"not (T,D), (T,K,D) of one T: {shapes}"
-        assert all(v.isfinite().all() for v in F.values()), "NaN or infinity in it"
+        assert all(v.isfinite().all() for v in F.values()), "NaN or infinity"
         settings = json.loads(str(f["settings"])) if "settings" in f else {}
         settings.pop("opencv", None)  # recorded, not compared
         if settings.get("random_weights") is not None and "RANDOM WEIGHTS" not in MARKS:
@@ -440,20 +445,19 @@ class Planted:
         rng, T, K = np.random.default_rng([self.seed, 1, epoch if i < self.TRAIN else 0, i]), self.T, self.K
         F_A, F_S, F_O = rng.standard_normal((T, 32)), rng.standard_normal((T, 8)), np.zeros((T, K, 84))
         np.put_along_axis(F_O, rng.integers(0, 5, (T, K, 1)), rng.uniform(0.05, 0.5, (T, K, 1)), 2)
-        F_O[:, :, 80:] = np.sort(rng.uniform(0, 1, (T, K, 2, 2)), 2).reshape(T, K, 4)  # boxes
+        F_O[:, :, 80:] = np.sort(rng.uniform(0, 1, (T, K, 2, 2)), 2).reshape(T, K, 4)
         others = [c for c in rng.permutation(6) if c != self.labels[i]][:3]
         snippets = rng.permutation(T // 2)[:4]
         for snippet, emotion in zip(snippets, [self.labels[i], *others]):
             F_A[2 * snippet:2 * snippet + 2] += self.patterns[emotion]
         inside = np.arange(T) // 2 == snippets[0]
         F_O[inside, 0, :80] = 0.95 * np.eye(80)[0]
-        F = {name: torch.tensor(v).float() for name, v in zip(FEATURES, (F_A, F_S, F_O))}
-        return F, dict(inside=inside)
+        return {name: torch.tensor(v).float() for name, v in zip(FEATURES, (F_A, F_S, F_O))}, dict(inside=inside)
 
 
 def read_list(path, ids):
-    """Positions in ids of the videos that a split list names. If some are not there, every number is marked.
-    A line: class/name, or a name that one class alone has; a suffix and a label may follow, and are not believed."""
+    """Positions in ids of the videos that a split list names, and the names that are not there.
+    A line: class/name, or a name that one class alone has; suffix and label may follow, not believed."""
     same = lambda name: unicodedata.normalize("NFC", name.replace("\\", "/"))
     bare = lambda name: name[:name.rindex(".")] if name.lower().endswith(SUFFIXES) else name
     known, found, missing = defaultdict(list), [], []
@@ -462,14 +466,11 @@ def read_list(path, ids):
             known[name].append(i)
     with about(path, "name lists with --split TRAIN TEST"):
         for line in filter(None, map(str.strip, Path(path).read_text(encoding="utf-8-sig").split("\n"))):
-            names = [same(line), same(re.sub(r"\s+\d+$", "", line))]  # with a label, and without
+            names = [same(line), same(re.sub(r"\s+\d+$", "", line))]
             hits = next((known[n] for n in (*names, *map(bare, names)) if n in known), [])
             found += hits if len(hits) == 1 else []
             missing += [names[1]] if len(hits) != 1 else []
-    if missing:
-        MARKS.append(f"{len(missing)} MISSING")
-        say(f"missing  {path}: {', '.join(missing[:5])}, ...; there are {ids[0]}, ...")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), missing
 
 
 class InputError(Exception):
@@ -594,7 +595,7 @@ def attention(data, outputs):
     """{what: {who: number}} of the validation videos: medians of the most attended, mean shares in segments."""
     rows = defaultdict(list)
     for i, out in outputs.items():
-        inside, A_o = data.inside.get(i), out["A_o"]
+        inside, A_o, K = data.inside.get(i), out["A_o"], out["A_o"].shape[-1]
         for name, As in (("frame", out["A_T"][None]), ("object", A_o)):
             for w in (A[A > 0] for A in As if (A > 0).sum() > 1):
                 rows[f"most attended {name}"].append({
@@ -603,7 +604,6 @@ def attention(data, outputs):
             rows["segments"].append(dict(
                 A_T=out["A_T"][inside].sum(), uniform=inside.mean(), limit=limit_of(inside.sum(), len(inside))))
         if isinstance(data, Planted) and A_o.size:
-            K = A_o.shape[1]
             rows["planted object"].append(dict(A_o=A_o[inside, 0].mean(), uniform=1 / K, limit=limit_of(1, K)))
     return {name: {who: float((np.median if name.startswith("most") else np.mean)([v[who] for v in row])) for who in row[0]}
             for name, row in rows.items()}
@@ -627,7 +627,7 @@ def show(source, target, F, other, saved, args, video=None):
         objects.append([dict(name=names[F_o[k, :80].argmax()], probability=float(F_o[k, :80].max()), A_o=float(A_o[k]),
                              times_uniform=float(A_o[k] * len(there)), box=F_o[k, 80:].tolist()) for k in there])
     best = [part[A_T[part].argmax()] for part in np.array_split(range(len(P)), min(4, len(P)))]  # of each quarter
-    moments = [dict(index=int(t), seconds=seconds[t], frame=frames[t], times_uniform=float(A_T[t]), objects=objects[t][:3]) for t in best]
+    moments = [dict(seconds=seconds[t], frame=frames[t], times_uniform=float(A_T[t]), objects=objects[t][:3]) for t in best]
     last = dict(zip(classes, P[-LAST_FRAMES:].mean(0).tolist()))
     found = dict(video=str(source), emotion=classes[vote(torch.tensor(P[None]), [len(P)])[0]], probabilities=last,
                  moments=moments, marks=MARKS, seconds=seconds, frames=frames, A_T=out["A_T"].tolist(),
@@ -666,7 +666,7 @@ def draw(path, title, A_T, P, found, video, inside):
         small = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         h, w = small.shape[:2]
         image[46:46 + h, left:left + w] = small
-        for x, y in ((left, 420), (100 + 1480 * moment["index"] // T, 716)):
+        for x, y in ((left, 420), (100 + 1480 * found["frames"].index(moment["frame"]) // T, 716)):
             write(f"{moment['seconds']:.1f} s", x, y)
         for rank, o in enumerate(moment["objects"], 1):
             green = np.clip((o["times_uniform"] - 1) / 3, 0, 1)
@@ -722,7 +722,7 @@ def parse_args(argv=None):
     add("--fusion", choices=("dual", "time", "avg", "max"), help="table 2 (default: dual)")
     add("--objects", type=int, default=OBJECTS, help=f"of a frame, at most (default: {OBJECTS})")
     add("--beta", type=float, default=BETA, help=f"of (10) (default: {BETA})")
-    add("--literal", action="store_true", help="run the equations as printed (slow)")
+    add("--literal", action="store_true", help="the equations as printed (slow)")
     for name, (default, what) in NOT_IN_THE_PAPER.items():
         add(f"--{name}", type=type(default), default=default, help=f"{what} (default: {default})")
     add("--runs", type=int, default=1, help="seeds of one split (default: 1)")

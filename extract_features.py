@@ -401,9 +401,10 @@ def tune(name, backbone, images, labels, classes, device, seed):
 def finetune(args, videos, names, weights, files, device):
     """Tunes the networks that feats/tuned_<network>.pt does not hold yet. Raises InputError."""
     ids, feats = list(videos), Path(args.feats)
-    train = sorted(ids[i] for i in read_list(args.finetune, ids))
-    with about(args.finetune):
-        assert train, f"none of its videos is in {args.videos}"
+    found, missing = read_list(args.finetune, ids)
+    if missing or not found:
+        raise InputError(f"{args.finetune}: not in {args.videos}: {missing[:3]}; there is {ids[0]}")
+    train = sorted(ids[i] for i in found)
     classes = sorted({identity.split("/")[0] for identity in train})
     labels = [classes.index(identity.split("/")[0]) for identity in train]
     images = [feats / ".tuning" / f"{identity}.npz" for identity in train]

@@ -408,10 +408,8 @@ LISTS = {
 
 
 def listed(tmp_path, text, ids):
-    """The positions that a list names, and the marks that it leaves."""
     (tmp_path / "list.txt").write_text(text, encoding="utf-8", newline="")
-    dfan.MARKS.clear()
-    return dfan.read_list(tmp_path / "list.txt", ids), dfan.MARKS
+    return dfan.read_list(tmp_path / "list.txt", ids)
 
 
 @pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
@@ -428,8 +426,8 @@ def test_awkward_names(tmp_path):
                            (unicodedata.normalize("NFC", "joy/Café 4"), 7), (unicodedata.normalize("NFD", "Über.mp4"), 8)):
         assert listed(tmp_path, line, ids) == ([expected], []), line
     lost = ["anger/v1.7", "anger/it's", "sadness/v1"]
-    assert listed(tmp_path, "\n".join(f"{name} 1" for name in lost), ids) == ([], ["3 MISSING"]), "never another video"
-    assert listed(tmp_path, "a 1\n", ["anger/a", "joy/a"]) == ([], ["1 MISSING"]), "a name of two classes"
+    assert listed(tmp_path, "\n".join(f"{name} 1" for name in lost), ids) == ([], lost), "never another video"
+    assert listed(tmp_path, "a 1\n", ["anger/a", "joy/a"]) == ([], ["a"]), "a name of two classes"
 
 
 def test_lists_that_do_not_fit(tmp_path, capsys):
@@ -1009,7 +1007,7 @@ def test_finetuning(tmp_path, capsys, monkeypatch):
     ids = [f"{('anger', 'joy')[i % 2]}/{i}" for i in range(4)]
     for i, identity in enumerate(ids):
         path = write_video(tmp_path / f"v/{identity}.mp4", 20, seed=i)
-    for name, listed_ids in (("trainlist01", ids[:2]), ("testlist01", ids[2:]), ("other", ids[1:3])):
+    for name, listed_ids in (("trainlist01", ids[:2]), ("testlist01", ids[2:]), ("other", ids[1:3]), ("lost", [ids[0], "joy/9"])):
         (tmp_path / f"v/{name}.txt").write_text("\n".join(listed_ids))
     run = lambda name: extract.main([str(tmp_path / "v"), str(tmp_path / "f"), *TRY, "--no-flow", "--finetune",
                                      str(tmp_path / f"v/{name}.txt")])
@@ -1035,8 +1033,9 @@ def test_finetuning(tmp_path, capsys, monkeypatch):
         scene = fresh(normalised(samples_of(path, flow=False)[0], "scene"))
     assert np.allclose(np.load(tmp_path / "f/joy/3.npz")["scene"], scene, rtol=2e-3, atol=2e-3)
     assert json.loads(str(np.load(tmp_path / "f/joy/3.npz")["settings"]))["tuned_on"] == ids[:2]
-    with pytest.raises(extract.InputError, match="tuned on another list"):
-        run("other")
+    for name, word in (("other", "tuned on another list"), ("lost", "lost.txt: not in .*joy/9")):
+        with pytest.raises(extract.InputError, match=word):
+            run(name)
 
     train("--data", tmp_path / "f", "--epochs", 1, "--out", tmp_path / "o1")
     assert "LEAKED" not in capsys.readouterr().out
