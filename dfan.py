@@ -7,14 +7,15 @@
 feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of a video:
 
   F_o (K objects) --> mean --> LSTM.S --h1--> O.Focus: A_o over the K objects  (1)-(4)
-     |                           ^               |
-     +---------------------------|--- weighted --> F_o_hat
-                            h2 of t-1            |
-  F_A, F_S (action, scene) ----------------> S_t = [F_o_hat; F_A; F_S]
-     |                                           |
-  FF = [F_A; F_S] of all frames              T.Focus: entry t of G_T, then A_T  (8), (9)  <-- h2 of t-1
-     |                                           |
-     +-- weighted by A_T <-----------------------+
+     |                           ^               ^
+     +---------------------------|---------------+-- weighted by A_o --> F_o_hat
+                            h2 of t-1                                       |
+  F_A, F_S (action, scene) ----------------------> S_t = [F_o_hat; F_A; F_S]
+     |                                                |
+  FF = [F_A; F_S] of all frames            T.Focus: entry t of G_T, then A_T  (8), (9)  <-- h2 of t-1
+     |                                                |   ^
+     |                                                |   +-- the scrambler, in training, mixes t-1 and t after P_t  (10)
+     +-- weighted by A_T <----------------------------+
             |
            F_t (7) --> LSTM.T --h2--> P_t, the emotion at t  (5), (6)
                          ^
@@ -30,22 +31,26 @@ ambiguous". Text in quotation marks is the paper's. Code counts frames from 0, t
     (the paper's widths; in the loop over t, A_o and P are of frame t and have no T)
 """
 import argparse
-import atexit
-import contextlib
-import datetime
-import io
+import base64
+import csv
+import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
+import zipfile
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.preprocessing import StandardScaler
@@ -56,9 +61,9 @@ OBJECTS = 16                                # "In our implementation, we set K =
 LAST_FRAMES = 10                            # "we count the predictions of the last ten frames" (4.1)
 FEATURES = ("action", "scene", "objects")   # F_A, F_S, F_O: "three kinds of features" (3.1)
 NOT_IN_THE_PAPER = dict(                    # ours, each a flag; PLANTED: on the built-in set, which is small
-    hidden=(256, "hidden units H of both LSTMs"), lr=(1e-3, "learning rate of Adam"),
+    hidden=(256, "units H of both LSTMs"), lr=(1e-3, "learning rate of Adam"),
     batch=(16, "videos in a batch"), epochs=(30, "passes over the training videos"))
-PLANTED = dict(hidden=32, lr=5e-3, epochs=20, out="out/planted")
+PLANTED = dict(hidden=32, lr=5e-3, epochs=5, out="out/planted")
 CLIP = 1.0                                  # ours too: the most norm of a gradient
 
 
@@ -67,7 +72,7 @@ CLIP = 1.0                                  # ours too: the most norm of a gradi
 class DFAN(nn.Module):
     """ "The Dual Focus Attention (DFA) cell consists of two focus attention modules with two vanilla LSTM
     cells" (3.2), run over the frames of a video (figure 1). o_focus=False: T.Focus alone, a row of Table 2 [R9].
-    This class is the complete algorithm. `Fast`, below, has the same parameters and results: just efficiency.
+    This class is the complete algorithm; everything in `Fast`, below, is just efficiency: same parameters, same results.
     """
 
     def __init__(self, d_action, d_scene, d_object, hidden, classes, beta=BETA, o_focus=True):
@@ -99,7 +104,7 @@ class DFAN(nn.Module):
         there, F_O_bar = mean_object(F_O)            # (B,T,K)  1, or 0 for a missing object [R3]; (B,T,84)
         frame = torch.arange(T, device=FF.device)    # (T,)     to pick entry t
         h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)         # (B,H)  before the first frame
-        P = FF.new_zeros(B, self.W_p.out_features)   # (B,C)    before frame 1: the paper's P_0 = 0 [R4]
+        P = FF.new_zeros(B, self.W_p.out_features)   # (B,C)    before frame 1: P_0 = 0 is ours [R4]
         G_o = FF.new_zeros(B, K)                     # stays so, every object alike, if T.Focus is alone [R9]
         E = real                                     # (B,T)    exp(G_T) of (8): G_T = 0 at first [R5]; 0 in padding
         outputs = []
@@ -114,7 +119,7 @@ class DFAN(nn.Module):
             # "A_o is the attention value of each object at frame t"
             A_o = focus(G_o, there[:, t])                                         # (2)  (B,K)  [R3]
             # "The weighted objects' features F_o_hat is calculated by"
-            F_o_hat = (A_o.unsqueeze(-1) * F_o).sum(1)                            # (1)  (B,84)
+            F_o_hat = torch.einsum("bk,bkd->bd", A_o, F_o)                        # (1)  (B,84)
 
             # "we use the three modality features of frame t to update the attentions A_T of the entire time
             # series of the video": "S_t is concatenation of the three extracted features" (3.2.2)
@@ -125,7 +130,7 @@ class DFAN(nn.Module):
             # "A_T is the time attention value", a softmax over the video's frames
             A_T = E / E.sum(1, keepdim=True)                                      # (8)  (B,T)
             # "the video features weighted by time attention F_t"
-            F_t = (A_T.unsqueeze(-1) * FF).sum(1)                                 # (7)  (B,2413)
+            F_t = torch.einsum("bt,btd->bd", A_T, FF)                             # (7)  (B,2413)
             # "LSTM.T accepts the prediction at the last frame (P_{t-1}) and the video features"
             h2, c2 = self.LSTM_T(torch.cat([P, F_t], -1), (h2, c2))               # (6)  (B,H)  [R4]
             # "predict emotions of the current state P_t"
@@ -133,13 +138,13 @@ class DFAN(nn.Module):
             P = torch.softmax(logits, -1)                                         # (5)  (B,C)
 
             # "we add the attention scrambler on time series during the training stage. The adjacent attention
-            # weights A_T will be mixed after each prediction." Both lines use the old weights [R6]
+            # weights A_T will be mixed after each prediction." Both lines use the old weights [R6]; their sum stays
             if self.training and t > 0:
                 beta = 1 - (1 - self.beta) * real[:, t]                           #      (B,)   1, no mixing, in padding
                 old, A_T = A_T, A_T.clone()                                       #      a copy
                 A_T[:, t - 1] = beta * old[:, t - 1] + (1 - beta) * old[:, t]     # (10)
                 A_T[:, t] = (1 - beta) * old[:, t - 1] + beta * old[:, t]         # (10)
-                E = A_T * E.sum(1, keepdim=True)                                  #      the mixture lasts [R6]
+                E = A_T * E.sum(1, keepdim=True)                                  #      the mixture lasts [R6], E's sum too
             outputs.append((logits, P, A_o))
         logits, P, A_o = (torch.stack(v, 1) * real.unsqueeze(-1) for v in zip(*outputs))  # (B,T,...) each
         return dict(logits=logits, P=P, A_T=A_T, A_o=A_o)
@@ -174,13 +179,16 @@ class Pooling(nn.Module):
 
     def forward(self, F_A, F_S, F_O, lengths=None):
         FF = torch.cat([F_A, F_S], -1)
-        real, there = real_frames(FF, lengths).unsqueeze(-1), mean_object(F_O)[0]  # (B,T,1), (B,T,K)
-        T = real.sum(1)  # (B,1)  the videos' own
-        ten = (2 * torch.arange(10, device=FF.device) + 1) * T.long() // 20  # (B,10)  middles of ten parts
+        real = real_frames(FF, lengths).unsqueeze(-1)  # (B,T,1)
+        there, _ = mean_object(F_O)  # (B,T,K)
+        n = real.sum(1)  # (B,1)  the videos' own frames
+        ten = (2 * torch.arange(10, device=FF.device) + 1) * n.long() // 20  # (B,10)  middles of ten parts
         FF = FF.gather(1, ten.unsqueeze(-1).expand(-1, -1, FF.shape[-1]))  # (B,10,2413)
-        logits = self.W(FF.amax(1) if self.how == "max" else FF.mean(1)).unsqueeze(1) * real  # (B,T,C)
-        P, A_o = torch.softmax(logits, -1) * real, focus(torch.zeros_like(there), there) * real
-        return dict(logits=logits, P=P, A_T=real.squeeze(-1) / T, A_o=A_o)
+        pooled = FF.amax(1) if self.how == "max" else FF.mean(1)
+        logits = self.W(pooled).unsqueeze(1) * real  # (B,T,C)
+        P = torch.softmax(logits, -1) * real
+        A_o = focus(torch.zeros_like(there), there) * real
+        return dict(logits=logits, P=P, A_T=real.squeeze(-1) / n, A_o=A_o)
 
 
 def loss_fn(logits, labels, lengths):
@@ -204,63 +212,62 @@ def vote(P, lengths):
 # ---- 4.1 The two protocols, training and evaluation ----
 
 def make_splits(data, args):
-    """The (training, validation) positions of each run.
+    """The (training, validation) positions of each run. Raises InputError.
     Ekman: "The dataset provides the training and validation splits." VideoEmotion: "our experiments are conducted
     ten times. Each time we randomly choose 2/3 of the data for training and another 1/3 for validation." (4.1)"""
-    lists = []
-    for path in args.split:
-        found, missing = read_list(path, data.ids)
-        lists.append(found)
-        if missing:
-            MARKS.append(f"{len(missing)} MISSING")
-            say(f"missing  {path}: {', '.join(missing[:5])}, ...; there are {data.ids[0]}, ...")
-    splits = list(zip(lists[::2], lists[1::2]))
-    with about(" ".join(args.split) or args.data):
-        splits = splits or [  # 2/3 of each class [R12]
-            next(StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed).split(data.ids, data.labels))
-            for seed in range(args.seed, args.seed + 10)]
-        for number, parts in enumerate(splits):
-            for name, part in zip(("training", "validation"), parts):
-                counts = np.bincount([data.labels[i] for i in part], minlength=len(data.classes))
-                line = f"split {number}  {name} {len(part)}: " + ", ".join(f"{c} {n}" for c, n in zip(data.classes, counts))
-                say(line)
-                assert counts.all(), f"a class without a video: {line}"
-            both = sorted(set(parts[0]) & set(parts[1]))
-            assert not both, f"in both lists of split {number}: {data.ids[both[0]]}"
+    if args.split:
+        lists = [read_split(path, data) for path in args.split]
+        return list(zip(lists[::2], lists[1::2]))
+    splits = []
+    for seed in range(args.seed, args.seed + 10):
+        draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)  # 2/3 of each class [R12]
+        splits.append(next(draw.split(data.ids, data.labels)))
     return splits
 
 
-def batches(data, videos, args, standard, rng=None, epoch=0):
-    """Yields [F_A, F_S, F_O], padded with zeros, lengths (B,), labels (B,), positions; an rng shuffles the batches."""
-    stretch = rng.uniform(1, 1.15, len(videos)) if rng else np.ones(len(videos))
-    order = [i for _, i in sorted((data.lengths[i] * s, i) for i, s in zip(videos, stretch))]
-    starts = np.arange(0, len(order), args.batch)
-    for start in rng.permutation(starts) if rng else starts:
-        batch = order[start:start + args.batch]
-        inputs = [as_inputs(data.load(i, epoch)[0], args.features, args.objects, standard) for i in batch]
+def batches(data, videos, args, standard, rng=None):
+    """Yields [F_A, F_S, F_O], padded with zeros, lengths (B,), labels (B,), positions.
+    Videos of one length go together, as padding costs time; an rng varies which, and shuffles the batches."""
+    length = np.array([data.lengths[i] for i in videos])
+    if rng:
+        length = length * rng.uniform(1, 1.15, len(length))
+    order = np.array(videos)[length.argsort(kind="stable")]
+    sizes = [len(part) for part in np.array_split(order, -(-len(order) // args.batch))]  # alike: no video weighs more
+    if rng:
+        rng.shuffle(sizes)
+    parts = np.split(order, np.cumsum(sizes)[:-1])
+    if rng:
+        rng.shuffle(parts)
+    for batch in parts:
+        batch = batch.tolist()
+        inputs = [as_inputs(data.load(i), args.features, args.objects, standard) for i in batch]
         F = [nn.utils.rnn.pad_sequence(v, batch_first=True).to(args.device) for v in zip(*inputs)]
-        lengths, labels = (torch.tensor([v[i] for i in batch], device=args.device) for v in (data.lengths, data.labels))
+        lengths = torch.tensor([data.lengths[i] for i in batch], device=args.device)
+        labels = torch.tensor([data.labels[i] for i in batch], device=args.device)
         yield F, lengths, labels, batch
 
 
 def run(number, data, train, test, args):
     """Trains and evaluates one split, seed --seed + number; the same command goes on where it stopped.
-    Returns the scores of the LAST epoch and what `attention` says. Each epoch writes --out/run<number>.pt."""
-    settings, path, saved = resume(number, data, train, test, args)
-    history = saved.get("history", [])
-    outputs = None
+    Returns what the results file says: the scores of the LAST epoch, of all epochs, attention, predictions."""
+    path = Path(args.out, f"run{number}.pt")
+    settings = settings_of(number, data, train, test, args)
     torch.manual_seed(settings["seed"])
-    standard = saved["standard"] if saved else None if args.raw else column_statistics(data, train, args)
     model = make_network(settings, args.literal).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    if saved:
+    if path.exists():
+        saved = resume(path, settings, args.epochs)
+        standard, history = saved["standard"], saved["history"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+    else:
+        standard, history = column_statistics(data, train, args), []
     for epoch in range(len(history) + 1, args.epochs + 1):
-        start, total, right = time.monotonic(), 0., 0
+        start = time.monotonic()
+        total, right = 0., 0
         model.train()
         rng = np.random.default_rng([settings["seed"], epoch])
-        for F, lengths, labels, batch in batches(data, train, args, standard, rng, epoch):
+        for F, lengths, labels, batch in batches(data, train, args, standard, rng):
             out = model(*F, lengths)
             loss = loss_fn(out["logits"], labels, lengths)
             optimizer.zero_grad()
@@ -270,465 +277,739 @@ def run(number, data, train, test, args):
             total += loss.item() * len(batch)
             right += (vote(out["P"], lengths) == labels).sum().item()
         if not np.isfinite(total):
-            raise InputError(f"{path}: the loss is {total} in epoch {epoch}; lower --lr ({args.lr})")
+            raise InputError(f"{path}: the loss is {total} in epoch {epoch}; lower --lr, and another --out")
         outputs, scores = evaluate(model, data, test, args, standard)
-        now = {"loss": total / len(train), "training accuracy": right / len(train)} | scores
-        seconds = time.monotonic() - start
-        say(f"run {number}  epoch {epoch:3d}/{args.epochs}  "
-            + "  ".join(f"{name} {v:.4f}" for name, v in now.items() if name != "confusion")
-            + f"  {seconds:.1f} s, {seconds * (args.epochs - epoch):.0f} s left", every_rank=True)
-        history.append(now)
-        torch.save(dict(settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(), standard=standard,
-                        history=history), buffer := io.BytesIO())
-        write_whole(path, buffer.getvalue())
-    outputs = outputs or evaluate(model, data, test, args, standard)[0]  # finished before
-    return history[-1] | dict(seed=settings["seed"], checkpoint=str(path), attention=attention(data, outputs))
+        history.append({"loss": total / len(train), "training accuracy": right / len(train)} | scores)
+        with whole(path) as part:
+            torch.save(dict(settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                            standard=standard, history=history, data=args.data), part)
+        print_epoch(path, history, args.epochs, time.monotonic() - start, data.marks)
+    outputs, _ = evaluate(model, data, test, args, standard)  # also where no epoch was left
+    return history[-1] | dict(seed=settings["seed"], checkpoint=str(path), history=history,
+                              attention=attention(data, outputs, args.fusion), predictions=predictions(data, outputs))
 
 
 @torch.no_grad()
 def evaluate(model, data, videos, args, standard):
-    """Each video's outputs, numpy, without padding; accuracy (4.1), the mean of the classes' own, confusion (figure 3)."""
+    """{video: its outputs, numpy, without padding, and its emotion, the vote}; accuracy (4.1), confusion (figure 3)."""
     model.eval()
-    outputs, emotions = {}, {}
+    outputs = {}
     for F, lengths, _, batch in batches(data, videos, args, standard):
         out = model(*F, lengths)
-        emotions |= zip(batch, vote(out["P"], lengths).tolist())
+        emotions = vote(out["P"], lengths).tolist()
         for b, i in enumerate(batch):
             outputs[i] = {name: v[b, :lengths[b]].cpu().numpy() for name, v in out.items()}
-    labels, emotions = np.array([(data.labels[i], emotions[i]) for i in videos]).T
+            outputs[i]["emotion"] = emotions[b]
+    labels = np.array([data.labels[i] for i in videos])
+    emotions = np.array([outputs[i]["emotion"] for i in videos])
     confusion = confusion_matrix(labels, emotions, labels=range(len(data.classes)), normalize="true")
-    return outputs, dict(accuracy=float(np.mean(labels == emotions)), macro=float(confusion.diagonal().mean()),
-                         confusion=confusion.tolist())
+    return outputs, dict(accuracy=float(np.mean(labels == emotions)), confusion=confusion.tolist())
 
 
 def protocol(data, splits, args):
     """The scores of all runs: "The average of recognition accuracies over ten experiments" (4.1), or --runs seeds."""
-    rank, world, _ = ranks()  # torchrun's processes share the runs out
-    numbers = range(rank, max(args.runs, len(splits)), world)
-    mine = {n: run(n, data, *splits[n % len(splits)], args) for n in numbers}
-    results = {n: r for part in gather(mine) for n, r in part.items()}
-    return [results[n] for n in sorted(results)]
+    runs = []
+    for number in range(max(args.runs, len(splits))):
+        train, test = splits[number % len(splits)]
+        runs.append(delayed(run)(number, data, train, test, args))
+    return Parallel(args.jobs)(runs)
 
 
 # ---- Here the paper's part ends. What follows is the same network, fast, then data and tools. ----
 
 class Fast(DFAN):
-    """DFAN with O(T) work in place of O(T^2), by two identities, both exact.
-    W F_t + b = sum_i A_Ti (W FF_i + b), as the A_Ti sum to 1: one product for all frames, before the loop.
-    (7), (8) are num / den, sums of e_i (W FF_i + b) and of e_i = exp(G_Ti): frame t changes e_t, (10) also e_{t-1}."""
+    """DFAN with O(T) work in place of O(T^2). Frame t changes E = exp(G_T) at t alone, with (10) also at t - 1,
+    so the sums over i of (7) and (8) are carried on, not taken again. LSTM.T's product with F_t is such a sum:
+    W F_t = sum_i A_Ti (W FF_i) = num / den. All else is DFAN.forward. In float64 the same to 1e-12; in float32
+    the running sums drift by 2e-5 in A_T at T = 400."""
 
     def forward(self, F_A, F_S, F_O, lengths=None):
-        FF, C, linear = torch.cat([F_A, F_S], -1), self.W_p.out_features, nn.functional.linear
-        real = real_frames(FF, lengths).unsqueeze(-1)  # (B,T,1)
-        there, F_o_bar = mean_object(F_O)  # (B,T,K), (B,T,84)
+        B, T, K = F_O.shape[:3]
+        FF = torch.cat([F_A, F_S], -1)
+        real = real_frames(FF, lengths).unsqueeze(-1)                # (B,T,1)
+        there, F_O_bar = mean_object(F_O)                            # (B,T,K), (B,T,84)
+        C = self.W_p.out_features
         W_P, W_FF = self.LSTM_T.weight_ih.split([C, FF.shape[-1]], -1)
-        W_T = torch.cat([W_P, self.LSTM_T.weight_hh], -1)  # on [P; h2]
-        T_in = linear(FF, W_FF, self.LSTM_T.bias_ih + self.LSTM_T.bias_hh)  # (B,T,4H)  of (6)
-        W_F_o, W_S = self.W_Tf.weight.split([F_O.shape[-1], FF.shape[-1]], -1)
-        G_FF = linear(FF, W_S, self.W_Tf.bias)  # (B,T,1)  of (9)
-        G_object = F_O @ W_F_o[0]  # (B,T,K)  of (9)
-        G_F_o = self.W_of(F_O).squeeze(-1) if self.o_focus else there  # (B,T,K)  of (3)
-        num, den, E = (real * T_in).sum(1), real.sum(1), list(real.unbind(1))
-        frames = (v.unbind(1) for v in (T_in, real, there, F_o_bar, G_FF, G_object, G_F_o))  # v[:, t] is slow backwards
-        T_in, real_t, there, F_o_bar, G_FF, G_object, G_F_o = frames
-        h1 = c1 = h2 = c2 = FF.new_zeros(len(FF), self.W_p.in_features)
-        P, G_o, outputs = FF.new_zeros(len(FF), C), torch.zeros_like(there[0]), []
-        for t in range(len(T_in)):
+        W_state = torch.cat([W_P, self.LSTM_T.weight_hh], -1)        # on [P; h2]
+        U = FF @ W_FF.T + self.LSTM_T.bias_ih + self.LSTM_T.bias_hh  # (B,T,4H)
+        num = (real * U).sum(1)                                      # (B,4H)  sum_i E_i U_i
+        den = real.sum(1)                                            # (B,1)   sum_i E_i
+        E = list(real.unbind(1))                                     # T of (B,1)
+        U_at = U.unbind(1)                                           # U[:, t] is slow backwards
+        h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)
+        P = FF.new_zeros(B, C)
+        G_o = FF.new_zeros(B, K)
+        outputs = []
+        for t in range(T):
+            F_o = F_O[:, t]
             if self.o_focus:
-                h1, c1 = self.LSTM_S(torch.cat([F_o_bar[t], h2], -1), (h1, c1))  # (4)
-                G_o = torch.tanh(self.W_oh(h1) + G_F_o[t])  # (3)
-            A_o = focus(G_o, there[t])  # (2)
-            G_hat = (A_o * G_object[t]).sum(-1, keepdim=True)  # (1)  times W_Tf
-            e_t = torch.tanh(self.W_Th(h2) + G_hat + G_FF[t]).exp() * real_t[t]  # (9)
-            rise, E[t] = e_t - E[t], e_t
-            num, den = num + rise * T_in[t], den + rise  # (7), (8)
-            i, f, g, o = torch.addmm(num / den, torch.cat([P, h2], -1), W_T.T).chunk(4, -1)  # (6)
-            c2 = torch.sigmoid(f) * c2 + torch.sigmoid(i) * torch.tanh(g)
-            h2 = torch.sigmoid(o) * torch.tanh(c2)
-            logits = self.W_p(h2)  # (5)
-            P = torch.softmax(logits, -1)  # (5)
+                h1, c1 = self.LSTM_S(torch.cat([F_O_bar[:, t], h2], -1), (h1, c1))  # (4)
+                G_o = torch.tanh(self.W_oh(h1) + self.W_of(F_o).squeeze(-1))        # (3)
+            A_o = focus(G_o, there[:, t])                                           # (2)
+            F_o_hat = torch.einsum("bk,bkd->bd", A_o, F_o)                          # (1)
+            S_t = torch.cat([F_o_hat, FF[:, t]], -1)
+            e_t = torch.tanh(self.W_Th(h2) + self.W_Tf(S_t)).exp() * real[:, t]     # (9)
+            den = den + (e_t - E[t])                                                # (8)
+            num = num + (e_t - E[t]) * U_at[t]                                      # (7)
+            E[t] = e_t
+            gates = num / den + torch.cat([P, h2], -1) @ W_state.T                  # (6)
+            i, f, g, o = gates.chunk(4, -1)
+            c2 = f.sigmoid() * c2 + i.sigmoid() * g.tanh()
+            h2 = o.sigmoid() * c2.tanh()
+            logits = self.W_p(h2)                                                   # (5)
+            P = torch.softmax(logits, -1)                                           # (5)
             if self.training and t > 0:
-                mixed = (1 - self.beta) * real_t[t] * (E[t] - E[t - 1])  # (10)
-                E[t - 1], E[t] = E[t - 1] + mixed, E[t] - mixed
-                num = num + mixed * (T_in[t - 1] - T_in[t])
+                moved = (1 - self.beta) * real[:, t] * (E[t] - E[t - 1])            # (10)
+                E[t - 1] = E[t - 1] + moved
+                E[t] = E[t] - moved
+                num = num + moved * (U_at[t - 1] - U_at[t])
             outputs.append((logits, P, A_o))
         logits, P, A_o = (torch.stack(v, 1) * real for v in zip(*outputs))
         return dict(logits=logits, P=P, A_T=torch.cat(E, -1) / den, A_o=A_o)
 
 
-def make_network(settings, literal):
-    fusion, shape, C = settings["fusion"], settings["shape"], len(settings["classes"])
+def make_network(settings, literal=False):
+    """A row of Table 2: fusion "max", "avg", "time" (T.Focus) or "dual" (T.Focus + O.Focus)."""
+    d_action, d_scene, d_object = settings["shape"]
+    fusion, classes = settings["fusion"], len(settings["classes"])
     if fusion in ("max", "avg"):
-        return Pooling(fusion, *shape[:2], C)
-    return (DFAN if literal else Fast)(*shape, settings["hidden"], C, settings["beta"], fusion == "dual")
+        return Pooling(fusion, d_action, d_scene, classes)
+    Network = DFAN if literal else Fast
+    return Network(d_action, d_scene, d_object, settings["hidden"], classes, settings["beta"], o_focus=fusion == "dual")
 
 
 # ---- Data: feature files, the planted set, split lists ----
 
-SUFFIXES = tuple(".mp4 .avi .mkv .webm .mov .flv .wmv .m4v .mpg .mpeg .3gp .ts".split())
+# dimensions of an .npz's arrays; of a name that is not here (T,D). All but the objects are for figure 4
+DIMENSIONS = dict(objects=3, seconds=1, frames=1, inside=1, pictures=1, aspect=0, video_bytes=0)
 
 
-def as_inputs(F, features, objects, standard=None):
-    """F_A: a video's first array, F_S: the others (only FF counts), F_O: the top K. Objects alone: FF := F_O_bar [R10]."""
-    F_O = F["objects"][:, :objects] if "objects" in features else torch.zeros(len(F[features[0]]), 0, 0)
-    series = [F[name] for name in features if name != "objects"] or [mean_object(F_O)[1]]
-    FF, d_action = torch.cat(series, -1), series[0].shape[-1]
+def read_features(path, names, others=()):
+    """A video's .npz: the named arrays as float32 tensors, objects (T,K,D), others (T,D); of `others` those that it
+    holds; its settings; check sums of the named arrays. Raises InputError."""
+    with about(path, "damaged, or no .npz"), np.load(path) as file:
+        holds = file.files
+        video = {name: file[name] for name in (*names, *others) if name in holds}
+        settings = dict(json.loads(str(file["settings"]))) if "settings" in holds else {}
+        check_sums = [file.zip.getinfo(f"{name}.npy").CRC for name in names if name in holds]
+    if len(check_sums) < len(names):
+        raise InputError(f"{path}: holds {', '.join(holds)}, not all of {', '.join(names)}; choose with --features")
+    T = video[names[0]].shape[:1]
+    for name, v in video.items():
+        dimensions = DIMENSIONS.get(name, 2)
+        if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or T == (0,):
+            raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), with one T in all arrays")
+        if name != "pictures" and not (v.dtype.kind in "biuf" and np.isfinite(v).all()):
+            raise InputError(f"{path}: {name} ({v.dtype}) holds NaN, infinity, or no real numbers")
+        if name in names:
+            video[name] = torch.from_numpy(v.astype(np.float32))
+        if name == "inside":
+            video[name] = v.astype(bool)  # which frames lie in an annotated segment
+    return video | dict(settings=settings, check_sums=check_sums)
+
+
+class Features:
+    """The files <class>/<name>.npz of a folder, each checked here and read when needed. Raises InputError."""
+
+    def __init__(self, folder, names):
+        self.names = names
+        classes = [p for p in sorted(Path(folder).glob("[!.@]*")) if p.is_dir() and p.name != "lost+found"]
+        self.classes = [p.name for p in classes]
+        self.paths = [path for p in classes for path in sorted(p.glob("[!.]*.npz"))]
+        if len(classes) < 2 or not self.paths:
+            raise InputError(f"{folder}: no <class>/<name>.npz of two classes or more, as extract_features.py writes")
+        self.ids = [f"{p.parent.name}/{p.stem}" for p in self.paths]
+        self.labels = [self.classes.index(p.parent.name) for p in self.paths]
+        rows = []
+        for path in watched(self.paths, f"reading {folder}"):
+            video = read_features(path, names, ["inside"])
+            made = video["settings"] | {name: video[name].shape[1:] for name in names}
+            if not rows:
+                first = made
+            differs = [k for k in made | first if made.get(k) != first.get(k)]
+            if differs:
+                raise InputError(f"{path}: other {', '.join(differs)} than {self.paths[0]}; make one of them anew")
+            rows.append((len(video[names[0]]), video["check_sums"], video.get("inside")))
+        self.lengths, self.check_sums, self.inside = zip(*rows)
+        self.extraction = video["settings"]
+        self.marks = []  # what every number must say beside it
+        if self.extraction.get("random_weights") is not None:
+            self.marks.append("RANDOM WEIGHTS")
+
+    def load(self, i, others=()):
+        return read_features(self.paths[i], self.names, others)
+
+
+def watched(items, what):
+    """Yields the items; where that takes long, says every few seconds how far it is."""
+    start = said = time.monotonic()
+    for n, item in enumerate(items):
+        now = time.monotonic()
+        if now - said > 5:
+            said = now
+            say(f"{what}: {n} of {len(items)}, {(now - start) / n * (len(items) - n):.0f} s left")
+        yield item
+
+
+class Planted:
+    """A built-in set on which both focuses are needed: videos of 24 frames with 8 objects. Four snippets of two
+    frames carry the action pattern of an emotion, one of them the true one's. Only there is the first object a
+    confident key; all others are weak detections, keys among them."""
+    TRAIN, TEST, T, K = 4000, 500, 24, 8
+    classes = ["anger", "disgust", "fear", "joy", "sadness", "surprise"]
+    extraction = dict(object_names=["key", "lamp", "chair", "cup", "door"])
+
+    def __init__(self, seed):
+        videos = self.TRAIN + self.TEST
+        self.seed, self.marks = seed, ["SYNTHETIC"]
+        self.labels = [i % 6 for i in range(videos)]
+        self.ids = [f"{self.classes[label]}/{i}" for i, label in enumerate(self.labels)]
+        self.lengths, self.check_sums = [self.T] * videos, [[]] * videos
+        self.patterns = 1.5 * np.random.default_rng(seed).standard_normal((6, 32))
+        self.inside = [self.load(i)["inside"] for i in range(videos)]
+
+    def load(self, i, others=()):
+        rng = np.random.default_rng([self.seed, i])
+        T, K = self.T, self.K
+        F_A = rng.standard_normal((T, 32))
+        F_S = rng.standard_normal((T, 8))
+        what = np.eye(5)[rng.integers(0, 5, (T, K))]  # (T,K,5)  one of five
+        probability = rng.uniform(0.05, 0.5, (T, K, 1))
+        box = np.sort(rng.uniform(0, 1, (T, K, 2, 2)), 2).reshape(T, K, 4)
+        F_O = np.concatenate([what * probability, box], -1)  # (T,K,9)
+
+        snippets = rng.permutation(T // 2)[:4]
+        true = self.labels[i]
+        wrong = rng.permutation([c for c in range(6) if c != true])
+        for snippet, emotion in zip(snippets, [true, *wrong]):
+            F_A[2 * snippet:2 * snippet + 2] += self.patterns[emotion]
+        inside = np.arange(T) // 2 == snippets[0]
+        F_O[inside, 0, :5] = [0.95, 0, 0, 0, 0]
+        video = {name: torch.from_numpy(v).float() for name, v in zip(FEATURES, (F_A, F_S, F_O))}
+        return video | dict(inside=inside, settings=self.extraction)
+
+
+def as_inputs(video, features, objects, standard=None):
+    """A video's F_A (T,D), its first array, F_S (T,D), its others (only FF counts), F_O (T,K,D).
+    standard: of column_statistics, for FF alone: in F_O a row of zeros is no object [R3]."""
+    F_O = torch.zeros(len(video[features[0]]), 0, 0)
+    if "objects" in features:
+        F_O = video["objects"][:, :objects]  # the most probable come first
+    series = [video[name] for name in features if name != "objects"]
+    if not series:
+        series = [mean_object(F_O)[1]]  # objects alone: FF := F_O_bar [R10]
+    FF = torch.cat(series, -1)
     if standard is not None:
-        FF = (FF - standard[0]) * standard[1]
+        mean, scale = standard
+        FF = (FF - mean) * scale
+    d_action = series[0].shape[-1]
     return FF[:, :d_action], FF[:, d_action:], F_O
 
 
 def column_statistics(data, train, args):
-    """Mean and 1 / deviation (0 for a constant) of FF's columns over the training videos' frames: (2,D)."""
-    columns = StandardScaler()
-    for i in train:
-        columns.partial_fit(torch.cat(as_inputs(data.load(i)[0], args.features, args.objects)[:2], -1).double())
-    return torch.tensor(np.stack([columns.mean_, (columns.var_ > (1e-6 * columns.mean_) ** 2) / columns.scale_])).float()
+    """Mean and 1 / deviation of FF's columns over the training videos' frames (2,D); None with --raw."""
+    if args.raw:
+        return None
+    scaler = StandardScaler()
+    for i in watched(train, "statistics of the training videos"):
+        F_A, F_S, _ = as_inputs(data.load(i), args.features, args.objects)
+        scaler.partial_fit(torch.cat([F_A, F_S], -1).double())
+    rounding = np.maximum(1e-6 * np.abs(scaler.mean_), 1e-30)
+    scale = (np.sqrt(scaler.var_) > rounding) / scaler.scale_  # 0 for a constant column
+    return torch.tensor(np.stack([scaler.mean_, scale])).float()
 
 
-def read_features(path, names):
-    """The arrays of an .npz, float32: objects (T,K,D), others (T,D); and a dict of what else it says."""
-    with about(path, "damaged, or other --features?"), np.load(path, allow_pickle=False) as f:
-        F = {name: torch.from_numpy(f[name].astype(np.float32)) for name in names}
-        other = {k: f[k].astype(v) for k, v in (("frames", int), ("seconds", float), ("inside", bool)) if k in f}
-        shapes = {name: tuple(v.shape) for name, v in (F | other).items()}
-        same = len({shape[0] for shape in shapes.values()}) == 1 and len(F[names[0]]) > 0
-        assert same and all(v.dim() == 2 + (k == "objects") for k, v in F.items()), f"not (T,D), (T,K,D) of one T: {shapes}"
-        assert all(v.isfinite().all() for v in F.values()), "NaN or infinity"
-        settings = json.loads(str(f["settings"])) if "settings" in f else {}
-        settings.pop("opencv", None)  # recorded, not compared
-        if settings.get("random_weights") is not None and "RANDOM WEIGHTS" not in MARKS:
-            MARKS.append("RANDOM WEIGHTS")
-        return F, other | dict(settings=settings)
-
-
-class Features:
-    """The files <class>/<name>.npz of a folder, each checked here and read when needed."""
-
-    def __init__(self, folder, names):
-        self.paths = sorted(Path(folder).glob("[!.]*/[!.]*.npz"))
-        with about(folder):
-            assert self.paths, f"no <class>/<name>.npz; for videos: python extract_features.py {folder} feats/"
-        self.names, self.inside, self.lengths = names, {}, []
-        self.ids = [f"{p.parent.name}/{p.stem}" for p in self.paths]
-        self.classes = sorted(p.name for p in Path(folder).glob("[!.]*") if p.is_dir())
-        self.labels = [self.classes.index(p.parent.name) for p in self.paths]
-        for i, path in enumerate(self.paths):
-            F, other = self.load(i)
-            made = other["settings"] | {name: v.shape[1:] for name, v in F.items()}
-            first = first if i else made
-            if differs := [k for k in made | first if made.get(k) != first.get(k)]:
-                raise InputError(f"{path}: other {', '.join(differs)} than {self.paths[0]}")
-            self.lengths.append(len(F[names[0]]))
-            self.inside[i] = other.get("inside")
-        self.extraction = other["settings"]
-
-    def load(self, i, epoch=0):
-        return read_features(self.paths[i], self.names)
-
-
-class Planted:
-    """A built-in set on which both focuses are needed: T = 24 frames of K = 8 objects, drawn anew in each epoch.
-    Four two-frame snippets carry the action pattern of an emotion, one the true one's. Only there is the first object a
-    confident "key" (class 0, 0.95); all others are weak detections (0.05 to 0.5) of five classes, 0 among them."""
-    T, K, TRAIN, TEST = 24, 8, 1000, 500
-    classes, extraction = ["anger", "disgust", "fear", "joy", "sadness", "surprise"], {}
-
-    def __init__(self, seed):
-        n = self.TRAIN + self.TEST
-        self.seed, self.labels, self.lengths = seed, [i % 6 for i in range(n)], [self.T] * n
-        self.ids = [f"{self.classes[label]}/{i}" for i, label in enumerate(self.labels)]
-        self.patterns = 1.5 * np.random.default_rng([seed, 0]).standard_normal((6, 32))
-        self.inside = {i: self.load(i)[1]["inside"] for i in range(self.TRAIN, n)}
-
-    def load(self, i, epoch=0):
-        rng, T, K = np.random.default_rng([self.seed, 1, epoch if i < self.TRAIN else 0, i]), self.T, self.K
-        F_A, F_S, F_O = rng.standard_normal((T, 32)), rng.standard_normal((T, 8)), np.zeros((T, K, 84))
-        np.put_along_axis(F_O, rng.integers(0, 5, (T, K, 1)), rng.uniform(0.05, 0.5, (T, K, 1)), 2)
-        F_O[:, :, 80:] = np.sort(rng.uniform(0, 1, (T, K, 2, 2)), 2).reshape(T, K, 4)
-        others = [c for c in rng.permutation(6) if c != self.labels[i]][:3]
-        snippets = rng.permutation(T // 2)[:4]
-        for snippet, emotion in zip(snippets, [self.labels[i], *others]):
-            F_A[2 * snippet:2 * snippet + 2] += self.patterns[emotion]
-        inside = np.arange(T) // 2 == snippets[0]
-        F_O[inside, 0, :80] = 0.95 * np.eye(80)[0]
-        return {name: torch.tensor(v).float() for name, v in zip(FEATURES, (F_A, F_S, F_O))}, dict(inside=inside)
+SUFFIXES = tuple((".mp4 .avi .mkv .webm .mov .flv .wmv .m4v .mpg .mpeg .3gp .ts .mts .m2ts .ogv .vob .asf .gif .3g2 .f4v "
+                  ".divx .mxf .m2v").split())
 
 
 def read_list(path, ids):
-    """Positions in ids of the videos that a split list names, and the names that are not there.
-    A line: class/name, or a name that one class alone has; suffix and label may follow, not believed."""
-    same = lambda name: unicodedata.normalize("NFC", name.replace("\\", "/"))
-    bare = lambda name: name[:name.rindex(".")] if name.lower().endswith(SUFFIXES) else name
-    known, found, missing = defaultdict(list), [], []
-    for i, identity in enumerate(map(same, ids)):
-        for name in {identity, identity.split("/")[-1]}:
-            known[name].append(i)
-    with about(path, "name lists with --split TRAIN TEST"):
-        for line in filter(None, map(str.strip, Path(path).read_text(encoding="utf-8-sig").split("\n"))):
-            names = [same(line), same(re.sub(r"\s+\d+$", "", line))]
-            hits = next((known[n] for n in (*names, *map(bare, names)) if n in known), [])
-            found += hits if len(hits) == 1 else []
-            missing += [names[1]] if len(hits) != 1 else []
-    return list(dict.fromkeys(found)), missing
+    """Positions in ids of the videos that a split list names, and the names that are not there. Raises InputError.
+    A line is class/name, or a name that one class alone has; a suffix and a label may follow."""
+    def plain(name):  # whatever system wrote it
+        return unicodedata.normalize("NFC", name.strip().replace("\\", "/"))
 
+    positions = defaultdict(list)
+    for i, identity in enumerate(map(plain, ids)):
+        for name in {identity, identity.split("/")[-1]}:
+            positions[name].append(i)
+    with about(path, "name lists with --split TRAIN TEST, or let --dataset videoemotion draw ten splits"):
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    suffix = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
+    found, missing = [], []
+    for line in filter(None, map(plain, lines)):
+        unlabelled = re.sub(r"\s+\d+$", "", line)
+        spellings = [line, unlabelled, suffix.sub("", line), suffix.sub("", unlabelled)]
+        hits = next((positions[s] for s in spellings if s in positions), [])
+        if len(hits) == 1:
+            found += hits
+        else:
+            missing.append(unlabelled)
+    return list(dict.fromkeys(found)), missing  # each once
+
+
+def read_split(path, data):
+    """The positions of a list's videos; prints and marks what is missing."""
+    found, missing = read_list(path, data.ids)
+    if missing:
+        data.marks.append(f"{len(missing)} MISSING of {Path(path).name}")
+        say(f"missing  {path}: {missing[:5]}; a line is class/name, as {data.ids[0]}")
+    return found
+
+
+def check_splits(data, splits):
+    """Prints each split's counts, refuses a wrong one, marks validation videos that fine-tuning has seen."""
+    for number, (train, test) in enumerate(splits):
+        for name, part in (("training", train), ("validation", test)):
+            counts = np.bincount([data.labels[i] for i in part], minlength=len(data.classes))
+            listed = ", ".join(f"{c} {n}" for c, n in zip(data.classes, counts))
+            say(f"split {number}  {name} {len(part)}: {listed}")
+            if not counts.all():
+                raise InputError(f"split {number}: a class without a {name} video; mend the lists")
+        both = set(train) & set(test)
+        if both:
+            raise InputError(f"{data.ids[min(both)]}: in both lists of split {number}; mend them")
+    tested = {data.ids[i] for _, test in splits for i in test}
+    leaked = tested.intersection(data.extraction.get("tuned_on") or [])
+    if leaked:
+        data.marks.append(f"{len(leaked)} LEAKED")
+
+
+# ---- Files and checkpoints ----
 
 class InputError(Exception):
-    """A failure that the user can mend, in one line that names the file."""
+    """What the user can mend: "path: reason; remedy". `command` makes it one line on stderr, exit status 2."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def about(path, remedy=""):
-    """Whatever goes wrong inside becomes an InputError: the path, the reason, the remedy."""
+    """Around one call that opens or parses what a user gave: what it raises becomes an InputError."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-        if not isinstance(error, AssertionError):
-            reason = reason.split(". ")[0][:300]  # a library's first sentence
-        raise InputError(f"{path}: {reason}" + f"; {remedy}" * bool(remedy)) from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = reason.split("\n")[0].split(". ")[0]
+        raise InputError(f"{path}: {reason}; {remedy}".rstrip("; ")) from error
 
 
-MARKS = []  # "SYNTHETIC", "RANDOM WEIGHTS", "LEAKED", "3 MISSING": they end every line with a number
-
-
-def say(line, every_rank=False):
-    """Prints a line, marked; of torchrun's processes the first prints, unless every_rank."""
-    if every_rank or ranks()[0] == 0:
-        print("  ".join([line, *MARKS]), flush=True)
-
-
-def write_whole(path, content):
-    """Writes bytes beside their place, then renames: the old file or the new one, whole."""
-    with about(path, "make room, or choose another folder"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.parent / f".{os.getpid()}.part"
-        part.write_bytes(content)
+@contextmanager
+def whole(path):
+    """A file that becomes `path` if the block succeeds: the old file or the new one, never half.
+    What a killed process left of the same file goes too."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        part.touch()  # others see that somebody works on it
+        yield part
         part.replace(path)
+    for left in path.parent.glob(".part-*"):
+        if (left / path.name).exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def say(line, marks=()):
+    """Prints a line and its marks in one piece, so that runs side by side do not mix within it."""
+    print("  ".join([line, *marks]) + "\n", end="", flush=True)
+
+
+def settings_of(number, data, train, test, args):
+    """All that decides what a run learns, and what a prediction needs to know."""
+    inputs = as_inputs(data.load(train[0]), args.features, args.objects)
+    return dict(
+        hidden=args.hidden, lr=args.lr, batch=args.batch, beta=args.beta, fusion=args.fusion,
+        features=args.features, objects=args.objects, raw=args.raw, seed=args.seed + number,
+        shape=[v.shape[-1] for v in inputs], classes=data.classes, extraction=data.extraction, marks=data.marks,
+        training=[data.ids[i] for i in train], validation=[data.ids[i] for i in test],
+        feature_files=[data.check_sums[i] for i in (*train, *test)])
 
 
 def load_checkpoint(path):
-    """What `run` saved; no code of it runs."""
-    with about(path, "train first; if damaged, delete it"):
+    """What `run` saved, checked: {"settings", "model", "optimizer", "standard", "history"}. Raises InputError."""
+    remedy = "a checkpoint is what training writes, as out/run0.pt; give another --checkpoint or --out"
+    with about(path, remedy):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load compares no check sums
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        assert saved["settings"]
-        return saved
+        lacking = {"settings", "model", "optimizer", "standard", "history"} - saved.keys()
+        sound = not damaged and not lacking and all(v.isfinite().all() for v in saved["model"].values())
+    if not sound:
+        raise InputError(f"{path}: damaged, or of another program; {remedy}")
+    return saved
 
 
-def resume(number, data, train, test, args):
-    """A run's settings, the path of its checkpoint, and the checkpoint or {}: it is used wherever it lies in --out."""
-    settings = {k: vars(args)[k] for k in "hidden lr batch beta fusion features objects raw".split()} | dict(
-        seed=args.seed + number, classes=data.classes, extraction=data.extraction,
-        shape=[v.shape[-1] for v in as_inputs(data.load(train[0])[0], args.features, args.objects)],
-        videos=[[data.ids[i] for i in part] for part in (train, test)])
-    path = Path(args.out, f"run{number}.pt")
-    for other in sorted(path.parents[bool(args.reproduce)].rglob(path.name), key=lambda p: p != path):
-        saved = load_checkpoint(other)
-        differs = [k for k in settings if saved["settings"].get(k) != settings[k]]
-        differs += ["epochs"] * (len(saved["history"]) > args.epochs)
-        if not differs:
-            say(f"run {number}  goes on from {other}, epoch {len(saved['history'])}", every_rank=True)
-            return settings, other, saved
-        if other == path:
-            raise InputError(f"{path}: trained with other {', '.join(differs)}; choose another --out")
-    return settings, path, {}
+def resume(path, settings, epochs):
+    """The checkpoint of the same run, stopped. Raises InputError."""
+    saved = load_checkpoint(path)
+    differs = [k for k in settings if saved["settings"].get(k) != settings[k]]
+    if len(saved["history"]) > epochs:
+        differs.append("epochs")
+    if differs:
+        raise InputError(f"{path}: trained with other {', '.join(differs)}; choose another --out")
+    return saved
 
 
 # ---- Section 4: tables and figures ----
 
-BOTH = (53.34, 57.37)  # accuracies in %: VideoEmotion, Ekman, as the paper prints them
-ROWS = {  # what: (row, the settings that make it, the paper's accuracies or None)
-    "table1": [("action", dict(features=("action",), fusion="time"), (51.51, 56.42)),
-               ("scene", dict(features=("scene",), fusion="time"), (39.08, 45.47)),
-               ("objects", dict(features=("objects",)), (18.74, 23.16)),
-               ("action+scene", dict(features=("action", "scene"), fusion="time"), (52.78, 56.88)),
-               ("all", {}, BOTH)],
-    "table2": [("Max. Pool", dict(fusion="max"), (49.48, 53.12)), ("Avg. Pool", dict(fusion="avg"), (50.02, 54.28)),
-               ("T.Focus", dict(fusion="time"), (51.88, 55.93)), ("T.Focus + O.Focus", {}, BOTH)],
-    "figure2": [(f"top {K} objects", dict(objects=K), None) for K in (2, 4, 8, 16)],
-    **dict.fromkeys(("figure3", "figure4"), [("T.Focus + O.Focus", {}, BOTH)])}
+DATASETS = dict(videoemotion=("VideoEmotion-8", 8, 0), ekman=("Ekman-6", 6, 1))  # name, classes, column below
+DUAL = ("T.Focus + O.Focus", dict(fusion="dual"), (53.34, 57.37))
+ROWS = {  # a row's name, the settings that it changes, the paper's accuracies in %
+    "table1": [
+        ("action", dict(features=("action",), fusion="time"), (51.51, 56.42)),
+        ("scene", dict(features=("scene",), fusion="time"), (39.08, 45.47)),
+        ("objects", dict(features=("objects",), fusion="dual"), (18.74, 23.16)),
+        ("action + scene", dict(features=("action", "scene"), fusion="time"), (52.78, 56.88)),
+        ("action + scene + objects", dict(features=FEATURES, fusion="dual"), (53.34, 57.37))],
+    "table2": [
+        ("Max. Pool", dict(fusion="max"), (49.48, 53.12)),
+        ("Avg. Pool", dict(fusion="avg"), (50.02, 54.28)),
+        ("T.Focus", dict(fusion="time"), (51.88, 55.93)),
+        DUAL],
+    "figure2": [(f"top {K} objects", dict(objects=K, fusion="dual"), None) for K in (2, 4, 8, 16)],
+    "figure3": [DUAL],
+    "figure4": [DUAL]}
 
 
-def report(what, data, splits, args):
-    """Trains the rows of a table or figure, or the one of the options (what None): {row: what results.json says of it}."""
-    found, lines = {}, []
-    for row, changed, paper in ROWS.get(what, [("result", {}, None)]):
-        out = f"{args.out}/{row.replace(' ', '')}" if what else args.out
-        cell = argparse.Namespace(**vars(args) | changed | dict(out=out))
-        results = protocol(data, splits, cell)
-        for name in dict.fromkeys(name for r in results for name in r["attention"]):
-            numbers = [r["attention"][name] for r in results if name in r["attention"]]
-            means = {k: np.mean([n[k] for n in numbers]) for k in numbers[0]}
-            say(f"{row:<18}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-                + "  nearly uniform" * bool(means.get("max/min", 2) < 1.3))
-        found[row] = dict(settings=vars(cell), marks=MARKS, classes=data.classes, runs=results)
-        values = {name: np.array([r[name] for r in results]) for name in ("accuracy", "macro")}
-        if what:
-            first = values["accuracy"] if len(found) == 1 else first
-            values["minus first row"] = values["accuracy"] - first
-        lines.append(f"{row:<18}")
-        for name, v in values.items():
-            found[row][name] = dict(mean=v.mean(), std=v.std(ddof=len(v) > 1))
-            lines[-1] += f"  {name} {100 * v.mean():5.2f} ± {100 * v.std(ddof=len(v) > 1):.2f}"
-        lines[-1] += f"  paper {paper[args.dataset == 'ekman']}" if paper else ""
-    counts = np.bincount([data.labels[i] for i in splits[0][1]], minlength=len(data.classes))
-    say(f"{'true / predicted':<18}videos" + "".join(f"{c:>14}" for c in data.classes))  # figure 3, the last row's
-    for c, n, values in zip(data.classes, counts, np.mean([r["confusion"] for r in results], 0)):
-        say(f"  {c:<16}{n:>6}" + "".join(f"{v:>14.2f}" for v in values))
-    if what == "figure4":  # the first validation video of each class
-        saved = load_checkpoint(results[0]["checkpoint"])
-        for i in {data.labels[i]: i for i in reversed(splits[0][1])}.values():
-            show(data.ids[i], Path(args.out, f"figure4-{data.ids[i].replace('/', '-')}"), *data.load(i), saved, args)
-    for line in (f"{what or 'last epoch'}: in %, mean ± standard deviation, n = {len(results)}", *lines):
-        say(line)
-    return found
+def train_rows(rows, data, splits, args):
+    """{row: the scores of its runs}. A row that changes something has its own folder in --out."""
+    scores = {}
+    for row, changed, _ in rows:
+        row_args = argparse.Namespace(**vars(args) | changed)
+        if row_args.fusion == "dual" and "objects" not in row_args.features:
+            say(f"left out  {row}: no objects in --features")
+            continue
+        if row_args != args:
+            row_args.out = f"{args.out}/{row.replace(' ', '')}"
+        scores[row] = protocol(data, splits, row_args)
+    return scores
 
 
-def limit_of(m, n):
-    """The most attention that m of n can get: G is a tanh, so no weight is more than e^2 times another."""
-    return m * np.e / (m * np.e + (n - m) / np.e)
+def share(A, m, n):
+    """A, what m of n frames or objects got; what they get if all are alike; the most they can get: G is a tanh, so no
+    weight is more than e^2 times another."""
+    return A, m / n, m * np.e / (m * np.e + (n - m) / np.e)
 
 
-def attention(data, outputs):
-    """{what: {who: number}} of the validation videos: medians of the most attended, mean shares in segments."""
-    rows = defaultdict(list)
+def attention(data, outputs, fusion):
+    """{where: mean `share` over the validation videos, of objects over their frames}. What is uniform by
+    construction is left out: pooling, and the objects of T.Focus alone."""
+    shares = defaultdict(list)
     for i, out in outputs.items():
-        inside, A_o, K = data.inside.get(i), out["A_o"], out["A_o"].shape[-1]
-        for name, As in (("frame", out["A_T"][None]), ("object", A_o)):
-            for w in (A[A > 0] for A in As if (A > 0).sum() > 1):
-                rows[f"most attended {name}"].append({
-                    "times uniform": w.max() * len(w), "limit": limit_of(1, len(w)) * len(w), "max/min": w.max() / w.min()})
-        if inside is not None and 0 < inside.mean() < 1:
-            rows["segments"].append(dict(
-                A_T=out["A_T"][inside].sum(), uniform=inside.mean(), limit=limit_of(inside.sum(), len(inside))))
-        if isinstance(data, Planted) and A_o.size:
-            rows["planted object"].append(dict(A_o=A_o[inside, 0].mean(), uniform=1 / K, limit=limit_of(1, K)))
-    return {name: {who: float((np.median if name.startswith("most") else np.mean)([v[who] for v in row])) for who in row[0]}
-            for name, row in rows.items()}
+        A_T, A_o, inside = out["A_T"], out["A_o"], data.inside[i]
+        T, K = A_o.shape
+        if fusion in ("time", "dual"):
+            shares["most attended frame"].append(share(A_T.max(), 1, T))
+            if inside is not None and inside.any():
+                shares["segments"].append(share(A_T[inside].sum(), inside.sum(), T))
+        if fusion == "dual":
+            for A in A_o[(A_o > 0).any(1)]:
+                shares["most attended object"].append(share(A.max(), 1, (A > 0).sum()))
+            if isinstance(data, Planted):
+                shares["planted key"].append(share(A_o[inside, 0].mean(), 1, K))
+    return {where: np.mean(rows, 0).tolist() for where, rows in shares.items()}
 
 
-def show(source, target, F, other, saved, args, video=None):
-    """Prints what a checkpoint's network sees in a video; writes <target>.json and <target>.png."""
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights as weights
-    names = [name for name in weights.COCO_V1.meta["categories"] if name not in ("__background__", "N/A")]
-    settings, classes, objects = saved["settings"], saved["settings"]["classes"], []
-    with about(source, "are its features like the training's?"):
-        model = make_network(settings, args.literal).eval()
-        model.load_state_dict(saved["model"])
-        F_A, F_S, F_O = as_inputs(F, settings["features"], settings["objects"], saved["standard"])
-        with torch.no_grad():
-            out = {name: v[0].numpy() for name, v in model(F_A[None], F_S[None], F_O[None]).items()}
-    P, A_T = out["P"], out["A_T"] * len(F_A)
-    seconds, frames = (np.array(other.get(name, range(len(P)))).tolist() for name in ("seconds", "frames"))
-    for A_o, F_o in zip(out["A_o"], F_O.numpy()):  # another detector's columns are unknown
-        there = [k for k in (-A_o).argsort(kind="stable") if A_o[k] > 0 and F_o.shape[-1] == 84]
-        objects.append([dict(name=names[F_o[k, :80].argmax()], probability=float(F_o[k, :80].max()), A_o=float(A_o[k]),
-                             times_uniform=float(A_o[k] * len(there)), box=F_o[k, 80:].tolist()) for k in there])
-    best = [part[A_T[part].argmax()] for part in np.array_split(range(len(P)), min(4, len(P)))]  # of each quarter
-    moments = [dict(seconds=seconds[t], frame=frames[t], times_uniform=float(A_T[t]), objects=objects[t][:3]) for t in best]
-    last = dict(zip(classes, P[-LAST_FRAMES:].mean(0).tolist()))
-    found = dict(video=str(source), emotion=classes[vote(torch.tensor(P[None]), [len(P)])[0]], probabilities=last,
-                 moments=moments, marks=MARKS, seconds=seconds, frames=frames, A_T=out["A_T"].tolist(),
-                 P=dict(zip(classes, P.T.tolist())), objects=objects)
-    flat = ", attention nearly uniform" * bool(A_T.max() < 1.3 * A_T.min())
-    say(f"{source}: {found['emotion']}  (mean of the last frames: "
-        + ", ".join(f"{c} {100 * p:.1f} %" for c, p in sorted(last.items(), key=lambda pair: -pair[1])) + f"){flat}")
-    for m in sorted(moments, key=lambda m: -m["times_uniform"])[:3]:
-        say(f"  {m['seconds']:7.1f} s  attention {m['times_uniform']:.2f} times uniform: " + ", ".join(
-            f"{o['name']} {o['probability']:.2f} ({o['times_uniform']:.2f})" for o in m["objects"]))
-    write_whole(Path(f"{target}.json"), json.dumps(found).encode())
-    title = "  ".join([f"{source}: {found['emotion']}{flat}", *MARKS])
-    draw(Path(f"{target}.png"), title, A_T, P, found, video, other.get("inside", np.zeros(len(P), bool)))
-    say(f"  {target}.png, {target}.json")
+def predictions(data, outputs):
+    """[[video, true, predicted, a probability for each class: means of the voting frames], ...]"""
+    rows = []
+    for i, out in outputs.items():
+        probabilities = out["P"][-LAST_FRAMES:].mean(0).tolist()
+        rows.append([data.ids[i], data.classes[data.labels[i]], data.classes[out["emotion"]], *probabilities])
+    return rows
 
 
-def draw(path, title, A_T, P, found, video, inside):
-    """Figure 4: the moments' frames, A_T and P over time. A box is grey at uniform attention, green at 4 times."""
-    with about(path, "pictures need cv2; on a server: pip install opencv-python-headless"):
-        import cv2
-    (T, C), image, moments = P.shape, np.full((900, 1600, 3), 255, np.uint8), found["moments"]
-    frames = [] if video else [np.full((270, 384, 3), 90, np.uint8)] * 4
-    os.environ["OPENCV_FFMPEG_READ_ATTEMPTS"] = "1000000"
-    decoder, number, failed = video and cv2.VideoCapture(os.path.abspath(video), cv2.CAP_FFMPEG), 0, 0
-    while len(frames) < len(moments) and failed < 200:  # past damaged packets
-        ok, frame = decoder.read()
-        frames += [frame] if ok and number == moments[len(frames)]["frame"] else []
-        number, failed = number + ok, 0 if ok else failed + 1
-
-    def write(text, x, y, colour=(30, 30, 30), thick=1):  # cv2's fonts are ASCII
-        cv2.putText(image, text.encode("ascii", "replace").decode(), (int(x), int(y)), 0, 0.7, colour, thick, cv2.LINE_AA)
-
-    write(title, 12, 32)
-    for left, moment, frame in zip(range(12, 1600, 396), moments, frames):
-        scale = min(384 / frame.shape[1], 270 / frame.shape[0])
-        small = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        h, w = small.shape[:2]
-        image[46:46 + h, left:left + w] = small
-        for x, y in ((left, 420), (100 + 1480 * found["frames"].index(moment["frame"]) // T, 716)):
-            write(f"{moment['seconds']:.1f} s", x, y)
-        for rank, o in enumerate(moment["objects"], 1):
-            green = np.clip((o["times_uniform"] - 1) / 3, 0, 1)
-            x1, y1, x2, y2 = (np.array(o["box"]) * [w, h, w, h] + [left, 46, left, 46]).astype(int).tolist()
-            cv2.rectangle(image, (x1, y1), (x2, y2), (170 * (1 - green), 170 + 40 * green, 170 * (1 - green)), 3)
-            x, y = min(x1, left + w - 72) + 24 * rank - 20, min(y1, h + 20) + 22
-            cv2.rectangle(image, (x - 4, y - 19), (x + 16, y + 5), (0, 0, 0), -1)
-            write(str(rank), x, y, (255, 255, 255))
-            write(f"{rank} {o['name']} {o['times_uniform']:.2f} x uniform", left, 316 + 26 * rank)
-    now, high = np.arange(1480) * T // 1480, max(1.1 * A_T.max(), 2)  # the frame of each column
-    curve = image[460:691, 100:1580]
-    curve[:, inside[now]] = (190, 240, 250)
-    for v in range(int(high) + 1):
-        curve[int(230 - 230 * v / high)] = 180
-        write(f"{v} x", 40, 697 - 230 * v / high)
-    line = np.stack([np.arange(1480), 230 - 230 * A_T[now] / high], 1).astype(int)
-    cv2.polylines(curve, [line], False, (220, 90, 30), 2, cv2.LINE_AA)
-    write("A_T in times uniform, and P" + "; shaded: a segment" * bool(inside.any()), 100, 452)
-    colours = cv2.applyColorMap((np.arange(C)[None] * 255 // C).astype(np.uint8), cv2.COLORMAP_TURBO)[0] * 0.8
-    image[730:820, 100:1580] = colours[(np.linspace(0, 1, 90)[:, None, None] > P.cumsum(1)[now, :-1]).sum(-1)]
-    for x, name, colour in zip(range(100, 1580, 1480 // C), found["P"], colours.tolist()):
-        write(name[:14], x, 859, colour, 2)
-    write_whole(path, cv2.imencode(".png", image)[1].tobytes())
+def print_epoch(path, history, epochs, seconds, marks):
+    scores = "  ".join(f"{name} {history[-1][name]:.4f}" for name in ("loss", "training accuracy", "accuracy"))
+    left = seconds * (epochs - len(history))
+    say(f"{path}  epoch {len(history):3d}/{epochs}  {scores}  {seconds:.1f} s, {left:.0f} s left", marks)
 
 
-def predict(source, saved, args):
-    """Shows an .npz, or a video, whose features it extracts as the checkpoint's were."""
-    path, video, extraction = Path(source), None, saved["settings"]["extraction"]
-    with about(source):
-        assert path.is_file() and path.suffix.lower() in (".npz", *SUFFIXES), (
-            "not there, or neither an .npz nor a video; of a folder give FOLDER/*.mp4")
-        if path.suffix.lower() in SUFFIXES:
-            assert "options" in extraction, f"{args.checkpoint} was not trained on features of extract_features.py"
-            script = Path(__file__).with_name("extract_features.py")
-            line = [sys.executable, script, source, args.out, *extraction["options"], "--device", args.device]
-            assert subprocess.run(line).returncode == 0, "no features of it, see above"
-            path, video = Path(args.out, f"{path.stem}.npz"), path
-        F, other = read_features(path, saved["settings"]["features"])
-        assert other["settings"] in ({}, extraction), f"not extracted as the features of {args.checkpoint} were"
-    show(source, Path(args.out, path.stem), F, other, saved, args, video)
+def print_confusion(row, runs, data):
+    """Figure 3: of each class (down), the shares predicted as each (across); then the last run's surest errors."""
+    rows = runs[-1]["predictions"]
+    say(f"{row:<24}  videos" + "".join(f"  {c:>12}" for c in data.classes))
+    for c, shares in zip(data.classes, np.mean([r["confusion"] for r in runs], 0)):
+        videos = sum(true == c for _, true, *_ in rows)
+        say(f"{c:<24}  {videos:>6}" + "".join(f"  {v:>12.2f}" for v in shares), data.marks)
+    wrong = [(max(P), video, true, predicted) for video, true, predicted, *P in rows if true != predicted]
+    for P, video, true, predicted in sorted(wrong, reverse=True)[:5]:
+        say(f"wrong  {video}: {true}, predicted {predicted} {P:.2f}", data.marks)
+
+
+def print_attention(row, runs, data):
+    for where in runs[0]["attention"]:
+        A, uniform, limit = np.mean([r["attention"][where] for r in runs if where in r["attention"]], 0)
+        flat = "nearly uniform, " if A < FLAT * uniform else ""
+        say(f"{row:<24}  {where}: {A:.3f}  {flat}uniform {uniform:.3f}  limit {limit:.3f}", data.marks)
+
+
+def print_table(rows, scores, splits, data, args):
+    """Tables 1 and 2: the last epoch's accuracies, and the paper's where they compare."""
+    say("last epoch, accuracy in %: mean ± standard deviation of n runs; to the row above: mean ± standard error")
+    dataset, classes, column = DATASETS[args.dataset]
+    compares = not data.marks and args.features == FEATURES and len(data.classes) == classes
+    above = None
+    for row, _, paper in rows:
+        if row not in scores:
+            continue
+        accuracy = 100 * np.array([r["accuracy"] for r in scores[row]])
+        line = f"{row:<24}  n = {len(accuracy)}  accuracy {accuracy.mean():.2f}"
+        if len(accuracy) > 1:
+            line += f" ± {accuracy.std(ddof=1):.2f}"
+        if above is not None:
+            line += f"  to the row above {(accuracy - above).mean():+.2f}"
+        if above is not None and len(accuracy) > 1:
+            line += f" ± {standard_error(accuracy - above, splits):.2f}"
+        if paper and compares:
+            line += f"  paper, {dataset}: {paper[column]:.2f}"
+        say(line, data.marks)
+        above = accuracy
+
+
+def standard_error(differences, splits):
+    """Of a mean over the runs. Drawn splits overlap: the corrected one of Nadeau and Bengio (2003)."""
+    factor = 1 / len(differences)
+    if len(splits) > 1:
+        factor += np.mean([len(test) / len(train) for train, test in splits])
+    return np.sqrt(factor * differences.var(ddof=1))
+
+
+def write_results(path, scores, data, args):
+    """A table's or a run's .json, one shape for all, and predictions.csv beside it."""
+    with about(path), whole(path) as part:
+        results = dict(args=vars(args), classes=data.classes, marks=data.marks, rows=scores)
+        part.write_text(json.dumps(results, allow_nan=False))
+    with whole(path.with_name("predictions.csv")) as part, part.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["row", "run", "video", "true", "predicted", *data.classes])
+        for row, runs in scores.items():
+            for number, one in enumerate(runs):
+                table.writerows([row, number, *prediction] for prediction in one["predictions"])
+
+
+# ---- What, when, where: a video's prediction and its picture (figure 4) ----
+
+FLAT = 1.3  # times uniform: less is called nearly uniform
+LEFT, SPAN = 70, 1510  # of the picture's 1600: where the axis of time begins, its length
+
+
+def look(video, saved):
+    """What a checkpoint's network sees in a video: its .json. Attention is in times uniform."""
+    settings = saved["settings"]
+    model = make_network(settings).eval()
+    model.load_state_dict(saved["model"])
+    F_A, F_S, F_O = as_inputs(video, settings["features"], settings["objects"], saved["standard"])
+    with torch.no_grad():
+        out = model(F_A[None], F_S[None], F_O[None])
+    P, A_T, A_o = out["P"][0], out["A_T"][0], out["A_o"][0]
+    T, classes = len(P), settings["classes"]
+    frames = np.asarray(video.get("frames", range(T))).tolist()
+    seconds = np.asarray(video.get("seconds", [])).tolist()  # the features may not say
+    quarters = torch.arange(T).tensor_split(min(4, T))  # a moment: the most attended frame of each
+    return dict(
+        emotion=classes[vote(out["P"], [T])[0]], marks=settings["marks"],
+        probabilities=dict(zip(classes, P[-LAST_FRAMES:].mean(0).tolist())),
+        frames=frames, seconds=seconds,
+        times=[f"{s:.1f} s" for s in seconds] or [f"frame {n}" for n in frames],
+        attention=(A_T * T).tolist(),
+        P=dict(zip(classes, P.T.tolist())),
+        objects=[objects_of(F_o, A, settings) for F_o, A in zip(F_O, A_o)],
+        moments=[int(q[A_T[q].argmax()]) for q in quarters])
+
+
+def objects_of(F_o, A_o, settings):
+    """A frame's objects, the most attended first. F_o (K,D): probabilities of object_names, x1, y1, x2, y2."""
+    names = settings["extraction"].get("object_names", [])
+    if F_o.shape[-1] != len(names) + 4:  # own features: what the columns are is not known
+        return []
+    there = int((A_o > 0).sum())
+    objects = []
+    for k in A_o.argsort(descending=True, stable=True)[:there].tolist():
+        probability, best = F_o[k, :-4].max(0)
+        objects.append(dict(name=names[best], probability=float(probability), attention=float(A_o[k] * there),
+                            box=F_o[k, -4:].tolist()))
+    return objects
+
+
+def captions(seen, t):
+    """A moment and its first three objects, a line each."""
+    objects = seen["objects"][t]
+    lines = [f"{seen['times'][t]}, attention {seen['attention'][t]:.2f} x"]
+    for rank, o in enumerate(objects[:3], 1):
+        lines.append(f"{rank} {o['name']} {o['probability']:.2f}, attention {o['attention']:.2f} x")
+    if objects and objects[0]["attention"] < FLAT:
+        lines.append("objects nearly uniform")
+    return lines
+
+
+def print_look(seen):
+    likely = sorted(seen["probabilities"].items(), key=lambda pair: -pair[1])
+    probabilities = ", ".join(f"{c} {100 * p:.1f} %" for c, p in likely)
+    say(f"{seen['video']}: {seen['emotion']}  (mean of the last frames: {probabilities})", seen["marks"])
+    if max(seen["attention"]) < FLAT * min(seen["attention"]):
+        say("  attention over time is nearly uniform", seen["marks"])
+    for t in seen["moments"]:
+        say("  " + "; ".join(captions(seen, t)), seen["marks"])
+
+
+def draw(seen, video):
+    """Figure 4 as SVG. Each part has its own units: a frame is `aspect` wide and 1 high, a panel T frames wide."""
+    title = f"{seen['video']}: {seen['emotion']}"
+    if seen["true"]:
+        title += f" (true: {seen['true']})"
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1600 890" font-family="sans-serif" font-size="21">',
+           '<rect width="1600" height="890" fill="white"/>', text(20, 32, "  ".join([title, *seen["marks"]]))]
+    for column, t in enumerate(seen["moments"]):
+        svg += draw_moment(20 + 396 * column, t, seen, video)
+    high = max(2, 1.1 * max(seen["attention"]))
+    A_T = {"attention over time, times uniform": seen["attention"]}
+    svg += draw_panel(450, 210, A_T, high, range(int(high) + 1), seen, video)
+    svg += draw_panel(730, 120, seen["P"], 1, (0, 0.5, 1), seen, video)
+    return "\n".join([*svg, "</svg>"])
+
+
+def text(x, y, words, more=""):
+    words = html.escape("".join(c if c.isprintable() else "?" for c in words))
+    return f'<text x="{x:.3f}" y="{y:.3f}" {more}>{words}</text>'
+
+
+def draw_moment(left, t, seen, video):
+    """A frame, its boxes, its objects in words. "The saturation degrees of the green boxes indicate the attentions
+    of the objects" (figure 4): none at uniform attention, full at four times. Thin: all nearly uniform."""
+    aspect = float(video.get("aspect", 16 / 9))
+    objects = seen["objects"][t][:3]
+    thick = 0.015 if objects and objects[0]["attention"] >= FLAT else 0.004
+    yield f'<svg x="{left}" y="50" width="372" height="240" viewBox="0 0 {aspect:.3f} 1" preserveAspectRatio="xMinYMid">'
+    yield f'<rect width="{aspect:.3f}" height="1" fill="dimgrey"/>'
+    if "pictures" in video:
+        jpeg = base64.b64encode(video["pictures"][t]).decode()
+        yield f'<image width="{aspect:.3f}" height="1" href="data:image/jpeg;base64,{jpeg}"/>'
+    for rank, o in enumerate(objects, 1):
+        x1, y1, x2, y2 = np.multiply(o["box"], [aspect, 1, aspect, 1])
+        green = 100 * np.clip((o["attention"] - 1) / 3, 0, 1)
+        yield (f'<rect x="{x1:.3f}" y="{y1:.3f}" width="{x2 - x1:.3f}" height="{y2 - y1:.3f}" fill="none"'
+               f' stroke="hsl(120,{green:.0f}%,60%)" stroke-width="{thick}"/>')
+        yield text(x1 + 0.01, y1 + 0.09, str(rank),
+                   'font-size="0.1" fill="white" stroke="black" stroke-width="0.02" paint-order="stroke"')
+    yield "</svg>"
+    for n, line in enumerate(captions(seen, t)):
+        yield text(left, 316 + 26 * n, line)
+
+
+def draw_panel(top, height, curves, high, levels, seen, video):
+    """Curves over the frames, {name: T values up to high}: "The blue curve illustrates the attentions along the time
+    dimension". Shaded: annotated segments. Under the pointer: numbers."""
+    T = len(seen["times"])
+    hues = [(220 + 360 * n // len(curves)) % 360 for n in range(len(curves))]
+    yield (f'<svg x="{LEFT}" y="{top}" width="{SPAN}" height="{height}" viewBox="0 0 {T} {high:.3f}"'
+           ' preserveAspectRatio="none" fill="none">')
+    shade = [f"M{t} 0h1v{high:.3f}h-1z" for t in np.flatnonzero(video.get("inside", []))]
+    yield f'<path d="{"".join(shade)}" fill="moccasin"/>'
+    grid = [f"M0 {high - level:.3f}h{T}" for level in levels]
+    grid += [f"M{t + .5} 0v{high:.3f}" for t in seen["moments"]]
+    yield f'<path d="{"".join(grid)}" stroke="lightgrey" vector-effect="non-scaling-stroke"/>'
+    for hue, values in zip(hues, curves.values()):
+        steps = "h1V".join(f"{high - v:.3f}" for v in values)
+        yield f'<path d="M0 {steps}h1" stroke="hsl({hue},70%,45%)" stroke-width="3" vector-effect="non-scaling-stroke"/>'
+    for stretch in np.array_split(np.arange(T), min(T, 300)):
+        t = stretch[0]
+        numbers = ", ".join(f"{name} {values[t]:.2f}" for name, values in curves.items())
+        yield f'<rect x="{t}" width="{len(stretch)}" height="{high:.3f}" pointer-events="all">'
+        yield f'<title>{html.escape(seen["times"][t])}: {html.escape(numbers)}</title></rect>'
+    yield "</svg>"
+    for level in levels:
+        yield text(LEFT - 8, top + 7 + height * (1 - level / high), f"{level:g}", 'text-anchor="end"')
+    for t in {0, T // 4, T // 2, 3 * T // 4, T - 1}:
+        yield text(LEFT + SPAN * (t + .5) / T, top + height + 22, seen["times"][t], 'text-anchor="middle"')
+    for n, (hue, name) in enumerate(zip(hues, curves)):
+        yield text(LEFT + SPAN * n / len(curves), top - 10, name, f'fill="hsl({hue},70%,35%)"')
+
+
+def show(source, target, video, saved, true=None):
+    """Prints a prediction, writes <target>.json and <target>.svg. Returns what `look` says."""
+    seen = dict(video=str(source), true=true) | look(video, saved)
+    print_look(seen)
+    with about(source), whole(f"{target}.json") as part:
+        part.write_text(json.dumps(seen, allow_nan=False))
+    with whole(f"{target}.svg") as part:
+        part.write_text(draw(seen, video), encoding="utf-8", errors="replace")
+    say(f"  written  {target}.svg, {target}.json")
+    return seen
+
+
+def figure4(data, test, checkpoint, args):
+    """Shows the first validation video of each class."""
+    saved = load_checkpoint(checkpoint)
+    for label, emotion in enumerate(data.classes):
+        i = next(i for i in test if data.labels[i] == label)
+        target = Path(args.out, f"figure4-{data.ids[i].replace('/', '-')}")
+        show(data.ids[i], target, data.load(i, DIMENSIONS), saved, emotion)
+
+
+def predict(args):
+    """Shows each video or .npz, goes on past a bad one, writes predicted.csv. Returns the exit status."""
+    names = [Path(source).stem for source in args.predict]
+    for name in names:
+        if names.count(name) > 1 or name in ("results", *ROWS):
+            raise InputError(f"{name}: of two inputs, or of a results file, in {args.out}; rename it")
+    saved = load_checkpoint(args.checkpoint)
+    clips = [source for source in args.predict if Path(source).suffix.lower() in SUFFIXES]
+    if clips:
+        script = Path(__file__).resolve().with_name("extract_features.py")
+        subprocess.run([sys.executable, script, "--like", args.checkpoint, "--device", args.device, "--", *clips, args.out])
+    rows = [["clip", "emotion", *saved["settings"]["classes"], "most attended"]]
+    for source, name in zip(args.predict, names):
+        try:
+            video = features_of(source, saved["settings"], args)
+        except InputError as error:
+            say(f"FAILED   {error}")
+            continue
+        seen = show(source, Path(args.out, name), video, saved)
+        most = seen["times"][np.argmax(seen["attention"])]
+        rows.append([source, seen["emotion"], *seen["probabilities"].values(), most])
+    with whole(Path(args.out, "predicted.csv")) as part, part.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return int(len(rows) <= len(args.predict))
+
+
+def features_of(source, settings, args):
+    """An .npz's, or those of a video just extracted. Raises InputError."""
+    path = Path(source)
+    if path.suffix.lower() in SUFFIXES:
+        path = Path(args.out, f"{path.stem}.npz")
+    video = read_features(path, settings["features"], DIMENSIONS)
+    widths = [v.shape[-1] for v in as_inputs(video, settings["features"], settings["objects"])]
+    made, wanted = (v | dict(options=None) for v in (video["settings"], settings["extraction"]))
+    if video["settings"] and made != wanted or widths != settings["shape"]:
+        raise InputError(f"{path}: not made as the features of {args.checkpoint}; make it anew")
+    if path != Path(source) and video.get("video_bytes") != os.path.getsize(source):
+        raise InputError(f"{path}: made from another video of that name; choose another --out")
+    return video
 
 
 # ---- Command line ----
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    """Raises InputError for what cannot be obeyed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="dfan.py [options]", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", help="features (default: a planted set)")
-    add("--dataset", choices=("videoemotion", "ekman"), default="ekman", help="ten drawn splits, or a fixed one")
-    add("--split", nargs="+", default=[], help="TRAIN TEST ... (default: FEATS/*list01.txt)")
+    add("--data", help="folder of features; without it, a planted set")
+    add("--dataset", choices=DATASETS, default="ekman", help="a fixed split, or ten drawn ones")
+    add("--split", nargs="+", default=[], help="TRAIN TEST ..., in place of FEATS/*list01.txt")
     add("--raw", action="store_true", help="features not standardised")
     add("--features", default=",".join(FEATURES), help="arrays of the .npz")
-    add("--fusion", choices=("dual", "time", "avg", "max"), help="table 2 (default: dual)")
-    add("--objects", type=int, default=OBJECTS, help=f"of a frame, at most (default: {OBJECTS})")
-    add("--beta", type=float, default=BETA, help=f"of (10) (default: {BETA})")
+    add("--fusion", choices=("dual", "time", "avg", "max"), help="a row of table 2; dual where there are objects")
+    add("--objects", type=int, default=OBJECTS, help="of a frame, at most")
+    add("--beta", type=float, default=BETA, help="of (10)")
     add("--literal", action="store_true", help="the equations as printed (slow)")
     for name, (default, what) in NOT_IN_THE_PAPER.items():
-        add(f"--{name}", type=type(default), default=default, help=f"{what} (default: {default})")
-    add("--runs", type=int, default=1, help="seeds of one split (default: 1)")
+        add(f"--{name}", type=type(default), default=default, help=what)
+    add("--runs", type=int, default=1, help="seeds of one split; of a planted table 5")
+    add("--jobs", type=int, default=1, help="runs at once")
     add("--seed", type=int, default=0, help="of run 0; run i has seed + i")
-    add("--device", default=f"cuda:{ranks()[2]}" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--out", default="out", help="default: out; planted set: out/planted")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--out", default="out", help="folder of checkpoints and results; planted set: out/planted")
     add("--reproduce", choices=ROWS, help="a table or figure, beside the paper's")
     add("--predict", nargs="+", default=[], help="videos or .npz")
     add("--checkpoint", default="out/run0.pt", help="of --predict")
@@ -736,64 +1017,100 @@ def parse_args(argv=None):
     if not args.data and not args.predict:
         parser.set_defaults(**PLANTED, runs=5 if args.reproduce else 1)
         args = parser.parse_args(argv)
-    args.features = FEATURES if args.reproduce else tuple(args.features.split(","))
-    args.fusion = args.fusion if args.fusion and not args.reproduce else "dual" if "objects" in args.features else "time"
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    args.features = tuple(args.features.split(","))
+    check_args(args, changed)
+    if not args.fusion:
+        args.fusion = "dual" if "objects" in args.features else "time"
     if args.data and args.dataset == "ekman" and not args.split:
-        args.split = [f"{args.data}/{name}list01.txt" for name in ("train", "test")]
-    if not all(getattr(args, name) > 0 for name in (*NOT_IN_THE_PAPER, "runs", "objects")) or args.seed < 0:
-        parser.error("numbers must be positive; --seed may be 0")
-    if not 0 <= args.beta <= 1 or len(args.split) % 2 or not args.data and set(args.features) - set(FEATURES):
-        parser.error("--beta must be in [0, 1], --split takes pairs of lists, --features of your own need --data")
+        args.split = [f"{args.data}/trainlist01.txt", f"{args.data}/testlist01.txt"]
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    MARKS[:] = [] if args.data or args.predict else ["SYNTHETIC"]
+def check_args(args, changed):
+    """Refuses what cannot be obeyed. changed: the options that are not as by default. Raises InputError."""
+    obeyed = dict(
+        checkpoint=args.predict, dataset=args.data, split=args.data, fusion=not args.reproduce,
+        runs=args.dataset == "ekman" and len(args.split) <= 2, literal=args.fusion not in ("max", "avg"),
+        objects="objects" in args.features and args.reproduce != "figure2")
+    if args.predict:
+        obeyed = dict.fromkeys(vars(args), False) | dict(predict=True, checkpoint=True, device=True, out=True)
+    for name in sorted(changed):
+        if not obeyed.get(name, True):
+            raise InputError(f"--{name}: without effect here; leave it out")
+    ranges = dict(beta=(0, 1), lr=(1e-30, 1), seed=(0, 2 ** 31))
+    for name, value in vars(args).items():
+        least, most = ranges.get(name, (1, 10 ** 9))
+        if type(value) in (int, float) and not least <= value <= most:
+            raise InputError(f"--{name} {value}: from {least} to {most}")
+    names = f"--features {','.join(args.features)}"
+    if args.reproduce == "table1" and args.features != FEATURES or not args.data and not set(args.features) <= set(FEATURES):
+        raise InputError(f"{names}: the planted set and table1 have {', '.join(FEATURES)}")
+    needs_objects = args.fusion == "dual" or args.reproduce in ("figure2", "figure3", "figure4")
+    if needs_objects and "objects" not in args.features:
+        raise InputError(f"{names}: O.Focus needs objects")
+    if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        raise InputError(f"--out {args.out}: lies in --data, where folders are classes; choose another")
+    if len(args.split) % 2:
+        raise InputError(f"--split {args.split[-1]}: takes pairs of lists, TRAIN TEST TRAIN TEST ...")
+    for n, path in enumerate(args.split):  # a shell sorts VE_1_Testset.list before VE_1_Trainset.list
+        right, wrong = (("train", "test"), ("test", "train"))[n % 2]
+        if wrong in Path(path).name.lower() and right not in Path(path).name.lower():
+            raise InputError(f"{path}: in the place of a {right} list; --split takes TRAIN TEST TRAIN TEST ...")
     with about(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
+    with about(args.out, "choose another --out"):
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+
+
+def main(argv=None):
+    """Returns the exit status."""
+    args = parse_args(argv)
     if args.predict:
-        saved = load_checkpoint(args.checkpoint)
-        for source in args.predict:
-            predict(source, saved, args)
-        return
-    data = Features(args.data, args.features) if args.data else Planted(args.seed)
-    splits = make_splits(data, args) if args.data else [(range(data.TRAIN), range(data.TRAIN, len(data.ids)))]
-    leaked = {data.ids[i] for _, test in splits for i in test} & set(data.extraction.get("tuned_on") or ())
-    MARKS.extend([f"{len(leaked)} LEAKED"] * bool(leaked))  # by fine-tuning
-    found = report(args.reproduce, data, splits, args)
-    out, last = Path(args.out, "results.json"), list(found.values())[-1]
-    write_whole(out, json.dumps(found if args.reproduce else last, indent=1).encode())
-    more = f"--predict VIDEO --checkpoint {last['runs'][0]['checkpoint']}" if args.data else "--reproduce figure4 --runs 1"
-    say(f"written  {out}; next: python dfan.py {more}")
-
-
-def ranks():
-    """torchrun's rank, number of processes and rank on this machine."""
-    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-
-def gather(value):
-    """[value of each of torchrun's processes], or [value]."""
-    values = [value] * ranks()[1]
-    with about("torchrun", "another process ended: see its line"):
-        if len(values) > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # runs are long
-            atexit.register(torch.distributed.destroy_process_group)
-        if len(values) > 1:
-            torch.distributed.all_gather_object(values, value)
-    return values
+        return predict(args)
+    if args.data:
+        data = Features(args.data, args.features)
+        splits = make_splits(data, args)
+    else:
+        data = Planted(args.seed)
+        splits = [(range(data.TRAIN), range(data.TRAIN, len(data.ids)))]
+    check_splits(data, splits)
+    rows = ROWS.get(args.reproduce, [("result", {}, None)])
+    scores = train_rows(rows, data, splits, args)
+    path = Path(args.out, f"{args.reproduce or 'results'}.json")
+    write_results(path, scores, data, args)
+    for row, runs in scores.items():
+        print_attention(row, runs, data)
+    print_confusion(row, runs, data)
+    print_table(rows, scores, splits, data, args)
+    checkpoint = runs[0]["checkpoint"]
+    if args.reproduce == "figure4":
+        figure4(data, splits[0][1], checkpoint, args)
+    following = f"--predict VIDEO --checkpoint {checkpoint}" if args.data else "--reproduce figure4 --runs 1"
+    say(f"written  {path}, predictions.csv; next: python dfan.py {following}")
+    return 0
 
 
 def command(main):
-    """Runs a script's main(), exits with its status; a user's failure becomes one line and status 2."""
+    """Runs a script's main() and ends with its status; what a user can mend is one line on stderr, status 2."""
+    script = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
+        if hasattr(stream, "reconfigure"):  # Jupyter's have not
+            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
         sys.exit(main())
-    except (InputError, OSError, KeyboardInterrupt) as failure:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(failure).split()) or 'interrupted'}", file=sys.stderr)
-        sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as error:
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("MemoryError|out of memory|allocate|excessive memory", repr(error)):
+            raise
+        print(f"{script}: no memory left; try a smaller --batch or fewer --jobs", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{script}: stopped; the same command goes on", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

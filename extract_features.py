@@ -1,22 +1,21 @@
 """The features of DFAN (section 3.1): one frame in eight of each video through four pretrained networks, to .npz.
 
-    python extract_features.py videos/ feats/            # videos/<class>/<stem>.mp4 -> feats/<class>/<stem>.npz
-    python extract_features.py clip.mp4 feats/           # one video -> feats/clip.npz
+    python extract_features.py videos/ feats/        # videos/<class>/<stem>.mp4 -> feats/<class>/<stem>.npz
+    python extract_features.py a.mp4 b.mp4 feats/    # single videos -> feats/a.npz, feats/b.npz
 
-Of T sampled frames, readable with numpy alone:
+Several at once, also by torchrun or on machines that share feats/, share it out. Of T sampled frames:
 
-    action   (T,2048) float16   F_A: Kinetics-400 TSN ResNet-50, RGB and flow, pooled, the mean of both [R13]
+    action   (T,2048) float16   F_A: Kinetics-400 TSN ResNet-50, RGB and flow, the mean of both [R13]
     scene    (T,365)  float16   F_S: outputs of the Places365 ResNet-18
     objects  (T,K,84) float16   F_O: of the K most probable boxes 80 COCO probabilities and x1/W, y1/H, x2/W, y2/H;
                                 zeros where there are fewer boxes [R15]
-    frames, seconds (T,)        number of each sampled frame among the decoded ones, from 0; its time stamp
-    fps, warning, video_bytes   frames a second, as the file says; why it may be cut off, or ""; size of the video file
-    settings                    JSON of what made it: networks, hashes, every, K, options, versions
+    frames, seconds, pictures   (T,) number of the frame among the decoded ones, from 0; time stamp; a small JPEG
+    fps, aspect, warning        as the file says; width / height; why the video may be cut off, or ""
+    settings, video_bytes       JSON of what made it; size of the video file
 """
 import argparse
-import collections
+import errno
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -25,11 +24,14 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")                # broken videos are reported here, not by FFmpeg
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")    # reported here
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-os.environ.setdefault("OPENCV_FFMPEG_READ_ATTEMPTS", "1000000")      # packets of sound between two pictures
+os.environ.setdefault("OPENCV_FFMPEG_READ_ATTEMPTS", "1000000")    # sound between pictures
 
 try:
     import cv2
@@ -39,319 +41,380 @@ try:
     from torchvision.models import detection, get_model_weights, resnet18, resnet50
     from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
 except ImportError as missing:
-    print(f"extract_features.py: {missing}; pip install -r requirements.txt, or for libGL: apt install libgl1", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(f"{missing}; pip install -r requirements.txt; for libGL: apt install libgl1")
 
-from dfan import SUFFIXES, InputError, about, command, gather, ranks, read_list, write_whole
+from dfan import SUFFIXES, InputError, about, command, read_list, whole
 
-EVERY, K = 8, 16                           # "one frame [...] at every eight frames" (4.1), "K = 16" (3.2.1)
-PAIRS, BOUND = 5, 20                       # TSN's flow input: five fields, clipped to +-20 pixels
-TRIES = 200                                # failures in a row that end a video
+EVERY, K = 8, 16        # "one frame [...] at every eight frames" (4.1), "K = 16" (3.2.1)
+PAIRS, BOUND = 5, 20    # TSN's flow input: five fields, clipped to +-20 pixels
+TRIES = 20_000          # failures in a row that end a video: 0.2 s
+RANK = int(os.environ.get("RANK", 0))    # torchrun's
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL = int(os.environ.get("LOCAL_RANK", 0))
 
 
 # ---- 4.1 Sampling: "one frame is uniformly sampled at every eight frames for feature extraction" ----
 class VideoError(Exception):
-    """A video that gives no frames: it is reported, and the run goes on."""
+    """Concerns one video alone: it is reported, and the run goes on."""
 
 
-def read_video(path, every, flow):
-    """Yields a dict for one decoded frame in `every`, to the end of the stream, whatever the container's count.
-
+def read_video(path, every, flow, warnings):
+    """Yields a dict for one decoded frame in `every`, to the end of the stream, whatever the container's count:
     number, seconds, fps; frame (H,W,3) uint8 RGB; rgb, scene (224,224,3) uint8; flow (224,224,10) uint8 of the
-    five pairs centred on the frame, shifted inwards at the ends of the video. The last dict is {"end": warning,
-    or ""}. After a damaged packet the next one goes on. Raises VideoError.
-    """
+    five pairs centred on the frame, shifted inwards at the ends. Adds to the list `warnings`. Raises VideoError."""
+    video = open_video(path)
+    fps = video.get(cv2.CAP_PROP_FPS)
+    expected = video.get(cv2.CAP_PROP_FRAME_COUNT)
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    greys = deque(maxlen=PAIRS + 1)
+    waiting = deque()    # samples whose flow needs later frames
+    number, last = 0, -1.
+    for frame in decoded_frames(video, every, flow):
+        if flow:
+            grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
+            side = max(32, min(320, *grey.shape))    # below 32 DIS crashes
+            greys.append(resize_short(grey, side))
+        if number % every == 0:
+            seconds = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            if not last < seconds < float("inf"):    # no time stamps, or they start anew
+                rate = fps if fps > 0 else 1
+                seconds = max(number / rate, last + every / rate)
+            last = seconds
+            frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            square = cv2.resize(frame, (256, 256), interpolation=cv2.INTER_AREA)
+            waiting.append(dict(number=number, seconds=seconds, fps=fps, frame=frame,
+                                rgb=centre_crop(frame), scene=centre_crop(square)))
+        # the flow of frame n is of frames n-2 to n+3, from 0 at the earliest
+        while waiting and (not flow or number >= max(0, waiting[0]["number"] - PAIRS // 2) + PAIRS):
+            yield with_flow(waiting.popleft(), dis, greys)
+        number += 1
+    for sample in waiting:    # shifted inwards: the last six frames
+        yield with_flow(sample, dis, greys)
+    if number == 0:
+        raise VideoError("no frame decodes (AV1, or damaged); ffmpeg -i IN -c:v libx264 OUT.mp4")
+    if number == 1 and fps > 1000:    # the rate of a picture
+        raise VideoError("a cover picture; ffmpeg -i IN -map 0:V -map -0:v:0 -c copy OUT.mp4")
+    if 0 < expected < 1e9 and number < 0.99 * expected - 2:
+        warnings.append(f"{number} of {expected:.0f} frames decode: cut off, or its sound lasts longer")
+
+
+def open_video(path):
     if not os.path.isfile(path):
-        raise VideoError("no file: a broken link, or something else of that name")
+        raise VideoError("no file: a broken link, a folder or a pipe")
     if os.fsencode(path).decode(errors="ignore") != str(path):
         raise VideoError("its name is not UTF-8, which crashes OpenCV; rename it")
+    if not os.access(path, os.R_OK):
+        raise VideoError("no permission to read it")
     video = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
     if not video.isOpened():
-        raise VideoError("OpenCV cannot open it: empty, damaged, or not a video")
-    fps, expected = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    greys, waiting = collections.deque(maxlen=PAIRS + 1), collections.deque()
-    number, failures, last = 0, 0, -1.
-    while failures < TRIES:
+        raise VideoError("OpenCV cannot open it: empty, damaged or no video")
+    return video
+
+
+def decoded_frames(video, every, flow):
+    """Yields all frames that decode, (H,W,3) BGR; None for one that is not needed."""
+    number = failures = 0
+    while failures < TRIES:    # after a damaged packet the next one goes on
         ok, frame = video.grab(), None
         if ok and (flow or number % every == 0):
             ok, frame = video.retrieve()
-        if not ok:
-            failures += 1
-            continue
-        failures = 0
-        if flow:
-            grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
-            greys.append(resize_short(grey, max(16, min(320, *grey.shape))))          # DIS takes no less than 12
-        if number % every == 0:
-            seconds = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
-            if not last < seconds < float("inf"):                     # no time stamps, or they start anew
-                seconds = max(number / fps, last + every / fps) if fps > 0 else max(float(number), last + every)
-            last = seconds
-            frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-            waiting.append(dict(number=number, seconds=seconds, fps=fps, frame=frame,
-                                rgb=centre_crop(frame),
-                                scene=centre_crop(cv2.resize(frame, (256, 256), interpolation=cv2.INTER_AREA))))
-        # the window of frame n is frames n-2 to n+3, from 0 at the earliest: `greys` when its last one is there
-        while waiting and (not flow or number >= max(0, waiting[0]["number"] - PAIRS // 2) + PAIRS):
-            yield waiting.popleft() | (dict(flow=flow_fields(dis, greys)) if flow else {})
-        number += 1
-    for sample in waiting:                                            # shifted inwards: the last six frames
-        yield sample | dict(flow=flow_fields(dis, greys))
-    if number == 0:
-        codec = int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True).decode("ascii", "replace")
-        raise VideoError(f"no frame decodes (codec {codec.strip(chr(0) + ' ') or 'unknown'}); convert it: "
-                         "ffmpeg -i IN -c:v libx264 OUT.mp4")
-    if number == 1 and fps > 1000:                                    # the rate of a picture, not of a film
-        raise VideoError("its first stream is a cover picture; drop it: ffmpeg -i IN -map 0:V -map -0:v:0 -c copy OUT.mp4")
-    short = 0 < expected < 1e9 and number < 0.99 * expected - 2
-    yield dict(end=f"{number} frames decode, the container says {expected:.0f}: cut off, or its sound or its index "
-                   "lasts longer" if short else "")
+        failures += 1
+        if ok and (frame is None or frame.shape[:2] != (1, 1)):    # VP9 after damage
+            yield frame
+            number, failures = number + 1, 0
 
 
 def resize_short(image, side):
     """Scales so that the short side is `side` pixels."""
     h, w = image.shape[:2]
-    size = max(side, round(w * side / min(h, w))), max(side, round(h * side / min(h, w)))
+    size = [max(side, round(n * side / min(h, w))) for n in (w, h)]
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
 def centre_crop(image):
     """The middle 224 x 224 pixels, the short side at 256."""
     image = resize_short(image, 256)
-    top, left = (image.shape[0] - 224) // 2, (image.shape[1] - 224) // 2
+    top, left = [(n - 224) // 2 for n in image.shape[:2]]
     return image[top:top + 224, left:left + 224]
 
 
-def flow_fields(dis, greys):
-    """The flow network's input (224,224,10) uint8, x0, y0, ..., x4, y4, of six grey frames; fewer repeat the last pair."""
+def with_flow(sample, dis, greys):
+    """Adds flow, x0, y0, ..., x4, y4, of six grey frames; fewer repeat the last pair."""
+    if not greys:
+        return sample
     still = np.zeros((*greys[0].shape, 2), np.float32)
     fields = [dis.calc(a, b, None) for a, b in itertools.pairwise(greys)] or [still]
     fields += fields[-1:] * (PAIRS - len(fields))
-    fields = np.nan_to_num(np.concatenate(fields, -1), nan=0.)                       # DIS on a strip of 16 x 512
-    flow = (fields.clip(-BOUND, BOUND) + BOUND) * (255 / (2 * BOUND))
-    return centre_crop(np.round(flow).astype(np.uint8))
+    flow = np.concatenate(fields, -1).clip(-BOUND, BOUND)
+    flow = (flow + BOUND) * (255 / (2 * BOUND))
+    return sample | dict(flow=centre_crop(np.round(flow).astype(np.uint8)))
+
+
+def jpeg(frame):
+    """A small picture of a frame, for figure 4: bytes."""
+    h, w = frame.shape[:2]
+    size = min(max(1, round(144 * w / h)), 1440), 144
+    small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 75])[1].tobytes()
 
 
 # ---- 3.1 Multiple feature extraction ----
-IMAGES = dict(action_rgb="rgb", action_flow="flow", scene="scene")        # network -> its images in a sample
-IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]              # mean, standard deviation
+IMAGES = dict(action_rgb="rgb", action_flow="flow", scene="scene")    # of a sample
+IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]    # mean, standard deviation
 
 
 @torch.inference_mode()
 def features_of(samples, models, device):
-    """action (N,2048), scene (N,365), objects (N,K,84), float32, of N dicts of read_video."""
-    run = lambda name: models[name](network_input(name, np.stack([s[IMAGES[name]] for s in samples]), device))
-    # "two different action recognition networks with RGB and Optical modalities": "We combine both features"
-    action = run("action_rgb")
+    """action (N,2048), scene (N,365), objects (N,K,84), float16, of N dicts of read_video."""
+    def output(name):
+        images = np.stack([s[IMAGES[name]] for s in samples])
+        return models[name](network_input(name, images, device))
+
+    # "with RGB and Optical modalities": "We combine both features"
+    action = output("action_rgb")
     if "action_flow" in models:
-        action = (action + run("action_flow")) / 2
+        action = (action + output("action_flow")) / 2
     # "The network's classification layer's outputs are used as our scene features F_S"
-    scene = run("scene")
+    scene = output("scene")
     # "The top K objects are selected from each frame according to the predicted probabilities."
     frames = [torch.from_numpy(s["frame"]).to(device).permute(2, 0, 1).float() / 255 for s in samples]
     objects = detect(models["objects"], frames)
-    return dict(action=action.cpu().numpy(), scene=scene.cpu().numpy(), objects=objects.cpu().numpy())
+    F = dict(action=action, scene=scene, objects=objects)
+    return {key: v.cpu().numpy().astype(np.float16) for key, v in F.items()}
 
 
 def network_input(name, images, device):
     """Images (N,224,224,.) uint8 -> (N,.,224,224) float32, normalised."""
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (IMAGENET if name != "action_flow" else ([128.], [128.])))
-    return (torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() - mean) / std
+    statistics = ([128.], [128.]) if name == "action_flow" else IMAGENET
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in statistics)
+    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
+    return (x - mean) / std
 
 
 def detect(model, frames):
     """ "Each box's feature is the combination of the predicted probability and the encoded coordinates." (3.1)
-
     A Faster R-CNN's own steps, keeping each box's whole row of probabilities. frames: list of (3,H,W) in [0, 1].
-    Returns (N,K,84): 80 probabilities and the corners / (W, H) of the K best boxes.
-    """
+    Returns (N,K,84): 80 probabilities and the corners / (W, H) of the K best boxes."""
     images, _ = model.transform(frames)
-    features = model.backbone(images.tensors)
-    proposals, _ = model.rpn(images, features)
+    maps = model.backbone(images.tensors)
+    proposals, _ = model.rpn(images, maps)
     heads = model.roi_heads
-    logits, offsets = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, images.image_sizes)))
+    pooled = heads.box_roi_pool(maps, proposals, images.image_sizes)
+    logits, offsets = heads.box_predictor(heads.box_head(pooled))
     per_image = [len(p) for p in proposals]
-    all_boxes = heads.box_coder.decode(offsets, proposals).view(*logits.shape, 4).split(per_image)      # (R,91,4)
-    all_scores = logits.softmax(-1).split(per_image)                                                    # (R,91)
-    out = torch.zeros(len(frames), K, len(COCO_80) + 4, device=logits.device)
-    for F_o, boxes, scores, (height, width) in zip(out, all_boxes, all_scores, images.image_sizes):
+    all_boxes = heads.box_coder.decode(offsets, proposals).view(*logits.shape, 4)    # (R,91,4)
+    all_boxes = all_boxes.split(per_image)
+    all_scores = logits.softmax(-1).split(per_image)    # (R,91) each
+    F_O = torch.zeros(len(frames), K, len(COCO_80) + 4, device=logits.device)
+    for F_o, boxes, scores, (height, width) in zip(F_O, all_boxes, all_scores, images.image_sizes):
         boxes = clip_boxes_to_image(boxes, (height, width))
         row, label = torch.where(scores[:, 1:] > heads.score_thresh)
-        label = label + 1                                                                               # 0: background
+        label = label + 1    # 0: background
         big = remove_small_boxes(boxes[row, label], 1e-2)
         row, label = row[big], label[big]
-        best = batched_nms(boxes[row, label], scores[row, label], label, heads.nms_thresh)[:K]          # by score
-        row, label = row[best], label[best]
+        best = batched_nms(boxes[row, label], scores[row, label], label, heads.nms_thresh)
+        row, label = row[best[:K]], label[best[:K]]    # by score
         F_o[:len(row), :-4] = scores[row][:, COCO_80]
         F_o[:len(row), -4:] = boxes[row, label] / torch.tensor([width, height] * 2, device=boxes.device)
-    return out
+    return F_O
 
 
 # ---- Weights ----
 DETECTORS = {f"fasterrcnn_{name}": get_model_weights(f"fasterrcnn_{name}").COCO_V1 for name in (
     "resnet50_fpn_v2", "resnet50_fpn", "mobilenet_v3_large_fpn", "mobilenet_v3_large_320_fpn")}
+PROPOSALS = {name: 150 if name.endswith("320_fpn") else 300 for name in DETECTORS}    # K stay
 COCO_91 = DETECTORS["fasterrcnn_resnet50_fpn_v2"].meta["categories"]
-COCO_80 = [i for i, name in enumerate(COCO_91) if name not in ("__background__", "N/A")]             # the rows of F_O
-# mmaction2's host was reported back on 9 June 2026 after outages; its bucket and the others were never seen from here
-OPENMMLAB = ("https://download.openmmlab.com/mmaction/", "https://openmmlab.oss-accelerate.aliyuncs.com/mmaction/")
+COCO_80 = [i for i, name in enumerate(COCO_91) if name not in ("__background__", "N/A")]
+# mmaction2's host has had outages; none of these was tried from here
+MMACTION = "https://download.openmmlab.com/mmaction/", "https://openmmlab.oss-accelerate.aliyuncs.com/mmaction/"
+HUGGING_FACE = "https://huggingface.co/RaphaelLiu/EvalCrafter-Models/resolve/main"
 TSN_RGB = "tsn_imagenet-pretrained-r50_8xb32-1x1x8-100e_kinetics400-rgb"
 TSN_FLOW = "tsn_r50_320p_1x1x8_110e_kinetics400_flow"
-FILES = {                                  # network -> file name, start of its SHA-256, addresses
-    "action_rgb": (f"{TSN_RGB}_20220906-2692d16c.pth", "2692d16c",
-                   [f"{host}v1.0/recognition/tsn/{TSN_RGB}/" for host in OPENMMLAB]
-                   + ["https://huggingface.co/RaphaelLiu/EvalCrafter-Models/resolve/main/"]),
-    "action_flow": (f"{TSN_FLOW}_20200705-1f39486b.pth", "1f39486b",
-                    [f"{host}recognition/tsn/{TSN_FLOW}/" for host in OPENMMLAB]),
-    "scene": ("resnet18_places365.pth.tar", "2f4759217d470da2b803f8f66cd4488a066406b555a5fb95ee9a4663f9f05588",
-              ["http://places2.csail.mit.edu/models_places365/"]),
-    **{name: (w.url.rsplit("/", 1)[1], w.url.rsplit("-", 1)[1].removesuffix(".pth"), [w.url.rsplit("/", 1)[0] + "/"])
-       for name, w in DETECTORS.items()}}
-
-
-def find_weights(network, folder):
-    """The path of a network's weight file and its SHA-256: from --weights, torch hub's cache, or downloaded.
-
-    Raises InputError.
-    """
-    name, prefix, addresses = FILES[network]
-    cache = Path(torch.hub.get_dir(), "checkpoints")
-    path = next((p for p in (Path(folder or cache, name), cache / name) if p.is_file()), cache / name)
-    for address in addresses:
-        if not path.is_file():
-            try:
-                cache.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(address + name, str(path), prefix, progress=sys.stderr.isatty())
-            except (OSError, RuntimeError) as error:                  # no network; wrong hash
-                reason = error
-    if not path.is_file():
-        lone = "; it has one host and no mirror, --no-flow goes without" if network == "action_flow" else ""
-        raise InputError(f"cannot download {name} ({reason}); get it from {' or '.join(a + name for a in addresses)} "
-                         f"and name its folder with --weights DIR{lone}; a trial without weights: --random-weights")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not sha256.startswith(prefix):
-        raise InputError(f"{path}: its SHA-256 is {sha256}, not the published {prefix}...; delete it and get it again")
-    return path, sha256
-
-
+RGB_FOLDERS = [*(f"{host}v1.0/recognition/tsn/{TSN_RGB}" for host in MMACTION), HUGGING_FACE]
+URLS = {    # tried in turn; a name ends with the start of the SHA-256
+    "action_rgb": [f"{folder}/{TSN_RGB}_20220906-2692d16c.pth" for folder in RGB_FOLDERS],
+    "action_flow": [f"{host}recognition/tsn/{TSN_FLOW}/{TSN_FLOW}_20200705-1f39486b.pth" for host in MMACTION],
+    "scene": ["http://places2.csail.mit.edu/models_places365/resnet18_places365.pth.tar"],
+    **{name: [published.url] for name, published in DETECTORS.items()}}
+PLACES_SHA256 = "2f4759217d470da2"    # its start
 # the keys of Places365 and of mmaction2's TSN -> torchvision's
 RENAMED = [(r"^(module|backbone)\.", ""), (r"^cls_head\.fc_cls", "fc"), (r"downsample\.conv", "downsample.0"),
            (r"downsample\.bn", "downsample.1"), (r"conv(\d)\.(conv|bn)\.", r"\2\1.")]
 
 
-def build_detector(name):
-    """A torchvision Faster R-CNN as its published weights expect it: all but the _v2 have frozen batch norm."""
-    model = getattr(detection, name)(weights=None, weights_backbone=None)
-    if not name.endswith("_v2"):
-        eps = 0. if name == "fasterrcnn_resnet50_fpn" else 1e-5                      # as torchvision sets it
-        for module in list(model.modules()):
-            for child, norm in list(module.named_children()):
-                if isinstance(norm, nn.BatchNorm2d):
-                    setattr(module, child, FrozenBatchNorm2d(norm.num_features, eps=eps))
-    return model
+def find_weights(network, folder):
+    """A weight file, from --weights, torch hub's cache or a download; its name and SHA-256."""
+    urls = URLS[network]
+    name = urls[0].rsplit("/", 1)[1]
+    prefix = PLACES_SHA256 if network == "scene" else re.search(r"-(\w+)\.pth", name)[1]
+    path = Path(folder or "", name)
+    if not path.is_file():
+        path = Path(torch.hub.get_dir(), "checkpoints", name)
+    for url in urls if not path.is_file() else []:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), prefix, sys.stderr.isatty())
+            break
+        except (OSError, RuntimeError) as error:    # no network; wrong hash
+            reason = error
+    if not path.is_file():
+        raise InputError(f"{name}: {reason}; get it from {' or '.join(urls)}, then --weights DIR; "
+                         "or do without: --no-flow, for a trial --random-weights")
+    found = describe(path)
+    if f" sha256 {prefix}" not in found:
+        raise InputError(f"{path}: {found}; published: {prefix}...; get it again")
+    return path, found
 
 
-def build(names, weights, seed, device, tuned=None):
-    """{"action_rgb", "scene", "objects", ...: network} in evaluation mode; the action networks without their last layer.
+def describe(path):
+    return f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
-    weights: {network: path}, empty for random weights of this seed; tuned: {network: state dict} in place of either.
-    """
+
+def build(names, weights, seed, device):
+    """{"action_rgb", "scene", "objects", ...: network}, in evaluation mode; random without weights."""
     torch.manual_seed(seed)
     models = {}
     for name in names:
-        if name == "scene":
-            model = resnet18(num_classes=365)
-        elif name in DETECTORS:
+        if name in DETECTORS:
             model = build_detector(name)
+        elif name == "scene":
+            model = resnet18(num_classes=365)
         else:
-            model = resnet50(num_classes=400, zero_init_residual=True)     # random features of size 1, not 15
-        if name == "action_flow":
-            model.conv1 = nn.Conv2d(2 * PAIRS, 64, 7, stride=2, padding=3, bias=False)
-        if weights and name not in (tuned or {}):
-            with about(weights[name], "these are not the weights of this network; get the published file"):
-                state = torch.load(weights[name], map_location="cpu", weights_only=True)
-                state = state.get("state_dict", state)
-                for old, new in () if name in DETECTORS else RENAMED:
-                    state = {re.sub(old, new, k): v for k, v in state.items()}
-                model.load_state_dict(state, strict=True)
+            model = resnet50(num_classes=400, zero_init_residual=True)    # small features
+            model.fc = nn.Identity()    # pooled features (N,2048)
+            if name == "action_flow":
+                model.conv1 = nn.Conv2d(2 * PAIRS, 64, 7, stride=2, padding=3, bias=False)
+        if name in weights:
+            load_weights(name, model, weights[name])
         elif name in DETECTORS:
-            model.roi_heads.score_thresh = 0.                         # random scores are all about 1/91
-        if name.startswith("action"):
-            model.fc = nn.Identity()                                  # pooled features (N,2048)
-        if name in (tuned or {}):
-            model.load_state_dict(tuned[name])
-        models["objects" if name in DETECTORS else name] = model.eval().to(device, memory_format=torch.channels_last)
+            model.roi_heads.score_thresh = 0.    # random scores are all about 1/91
+        model = model.eval().to(device, memory_format=torch.channels_last)
+        models["objects" if name in DETECTORS else name] = model
     return models
 
 
+def build_detector(name):
+    """As its published weights expect it: all but the _v2 have frozen batch norm."""
+    model = getattr(detection, name)(weights=None, weights_backbone=None, rpn_post_nms_top_n_test=PROPOSALS[name])
+    if name.endswith("_v2"):
+        return model
+    eps = 0. if name == "fasterrcnn_resnet50_fpn" else 1e-5    # as torchvision sets it
+    for module in list(model.modules()):
+        for child, norm in list(module.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(module, child, FrozenBatchNorm2d(norm.num_features, eps=eps))
+    return model
+
+
+def load_weights(name, model, path):
+    """A published file or one of --finetune, no key more or less."""
+    with about(path, "not the weights of this network; get the published file"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state = saved.get("state") or saved.get("state_dict") or saved
+        if name not in DETECTORS:
+            for old, new in RENAMED:
+                state = {re.sub(old, new, key): v for key, v in state.items()}
+        if name.startswith("action"):
+            state = {key: v for key, v in state.items() if not key.startswith("fc.")}
+        model.load_state_dict(state, strict=True)
+
+
 # ---- Files ----
+LISTS = (".txt", ".list")    # of a split, beside the class folders
+
+
 def find_videos(folder):
-    """{"class/stem": path} of the videos below a folder, sorted; {"stem": path} of one video. Raises InputError."""
-    folder, videos = Path(folder), {}
-    if folder.is_file() and folder.suffix.lower() in SUFFIXES:
-        return {folder.name[:-len(folder.suffix)]: folder}
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; it holds videos as {folder}/<class>/<name>.mp4")
-    for path in sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names):
-        parts = path.relative_to(folder).parts
-        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in parts):
-            identity = f"{parts[0]}/{path.name[:-len(path.suffix)]}"
-            with about(path):
-                assert len(parts) > 1, (f"in no class folder; give the folder above, {folder.absolute().parent}, if "
-                                        f"{folder.absolute().name} is a class, or move it to {folder}/<class>/")
-                assert identity not in videos, f"{identity}, as {videos.get(identity)} is; rename one of them"
-            videos[identity] = path
-    with about(folder):
-        assert videos, f"no video below it ({' '.join(SUFFIXES)}); it holds <class>/<name>.mp4"
-    counts = collections.Counter(identity.split("/")[0] for identity in videos)
-    print("classes  " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
-    if len(counts) == 1:
-        print(f"WARNING  one class alone, {list(counts)[0]}: {folder} is probably one folder too high or too low")
-    return dict(sorted(videos.items()))
+    """{"class/stem": path} of the videos below, through links too, and the OSErrors of folders."""
+    videos, passed, unread = {}, Counter(), []
+    for place, folders, names in os.walk(folder, onerror=unread.append, followlinks=True):
+        above = {os.path.realpath(p) for p in (Path(place), *Path(place).parents)}
+        folders[:] = [name for name in folders if os.path.realpath(Path(place, name)) not in above    # a loop
+                      and name[0] not in ".@" and name != "lost+found"]    # the system's
+        for path in (Path(place, name) for name in names if name[0] != "."):
+            top, *below = path.relative_to(folder).parts
+            identity = f"{top}/{path.stem}"
+            if path.suffix.lower() not in SUFFIXES:
+                passed[path.suffix or path.name] += 1
+            elif not below:
+                raise InputError(f"{path}: in no class folder; make one, or give the folder above")
+            elif identity in videos:
+                raise InputError(f"{path}: {identity}, as {videos[identity]} is; rename one of them")
+            else:
+                videos[identity] = path
+    if not videos and not unread:
+        raise InputError(f"{folder}: no video below it; it holds <class>/<name>.mp4")
+    if passed:
+        print("no video " + ", ".join(f"{n} {suffix}" for suffix, n in sorted(passed.items())))
+    return dict(sorted(videos.items())), unread
 
 
-def is_finished(path, video, settings):
-    """Whether a whole .npz of this video, made with these settings, is there. Raises InputError if it is another's."""
+def look_around(folder, feats, videos):
+    """Counts the classes, names features whose video is gone, copies split lists."""
+    counts = Counter(identity.split("/")[0] for identity in videos)
+    print("classes  " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+    made = {f"{path.parent.name}/{path.stem}" for path in feats.glob("[!.]*/[!.]*.npz")}
+    gone = sorted(made.difference(videos))
+    if gone:
+        print(f"WARNING  {len(gone)} features without a video, which drawn splits count: {gone[:3]}")
+    for path in folder.glob("*"):
+        if path.suffix in LISTS and path.is_file():
+            copy = feats / path.name
+            if copy.exists() and copy.read_bytes() != path.read_bytes():
+                print(f"list     {copy} differed from {path}: copied again")
+            with suppress(FileNotFoundError), whole(copy) as part:    # another process copies it too
+                shutil.copyfile(path, part)
+
+
+def is_finished(target, video, settings, args):
+    """Whether its whole .npz is there. Raises InputError for other settings, or VideoError."""
     try:
-        with np.load(path, allow_pickle=False) as f:
+        with np.load(target) as f:
             old, size = json.loads(str(f["settings"])), int(f["video_bytes"])
-    except Exception:                                                 # not there, or damaged: made again
+            if f.zip.testzip() or args.overwrite and target.stat().st_mtime < args.started:
+                return False
+    except Exception:    # not there, or damaged: made again
         return False
-    differs = [f"{k} {old.get(k)} (now {settings.get(k)})"[:200] for k in settings | old
-               if old.get(k) != settings.get(k) and k not in ("opencv", "options")]
+    remedy = "--overwrite, or another output folder"
+    changed = [k for k in settings | old if old.get(k) != settings.get(k) and k != "options"]
+    differs = [f"{k} {old.get(k)} (now {settings.get(k)})"[:200] for k in changed]
     if differs:
-        raise InputError(f"{path}: made with other settings: {'; '.join(differs)}; --overwrite makes it again, another "
-                         "output folder keeps both")
+        raise InputError(f"{target}: made otherwise: {'; '.join(differs)}; {remedy}")
     if video.is_file() and size != video.stat().st_size:
-        raise InputError(f"{path}: made from another video of that name, or the video has changed; --overwrite makes it "
-                         "again, another output folder keeps both")
+        raise VideoError(f"{target} was made from another video, or it has changed; {remedy}")
     return True
 
 
-def extract(path, models, settings, batch, device):
-    """The arrays of one video's .npz. Raises VideoError."""
-    parts = []
-    samples = read_video(path, settings["every"], "action_flow" in models)
-    while chunk := list(itertools.islice(samples, batch)):
-        warning = chunk.pop()["end"] if "end" in chunk[-1] else ""
-        if chunk:
-            F = features_of(chunk, models, device)
-            parts.append(F | {k: np.array([s[k] for s in chunk]) for k in ("number", "seconds", "fps")})
-    F = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-    features = {k: F[k].astype(np.float16) for k in ("action", "scene", "objects")}
-    return dict(**features, frames=F["number"], seconds=F["seconds"], fps=F["fps"][0], warning=warning,
-                video_bytes=np.int64(os.path.getsize(path)), settings=json.dumps(settings))
+def extract(path, models, settings, args):
+    """The arrays of one video's .npz. Raises VideoError, or whatever goes wrong; no OSError."""
+    parts, warnings = [], []
+    video_bytes = path.stat().st_size if path.is_file() else 0
+    samples = read_video(path, args.every, not args.no_flow, warnings)
+    with ThreadPoolExecutor(1) as reader:
+        batch = list(itertools.islice(samples, args.batch))
+        while batch:
+            following = reader.submit(list, itertools.islice(samples, args.batch))    # reads ahead
+            part = features_of(batch, models, args.device)
+            part |= {key: np.array([s[key] for s in batch]) for key in ("number", "seconds", "fps")}
+            if not args.no_pictures:
+                part["pictures"] = [jpeg(s["frame"]) for s in batch]
+            parts.append(part)
+            height, width = batch[0]["frame"].shape[:2]
+            batch = following.result()
+    F = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return F | dict(frames=F.pop("number"), fps=F["fps"][0], aspect=width / height, warning="".join(warnings),
+                    video_bytes=video_bytes, settings=json.dumps(settings))
 
 
 # ---- Fine-tuning: "Both the action and the scene feature extraction networks change the final classification layer
 # and use the training set for fine-tuning." (4.1) After TSN; the numbers are not in the paper.
-SEGMENTS, KEPT, TUNING = 3, 8, dict(epochs=10, lr=1e-3, momentum=0.9, weight_decay=5e-4, batch=8)
+SEGMENTS, KEPT = 3, 8
+TUNING = dict(epochs=10, batch=8, sgd=dict(lr=1e-3, momentum=0.9, weight_decay=5e-4))
 
 
 def kept_images(path, every, flow):
-    """{"rgb", "scene", "flow": (n,224,224,.) uint8}: up to 2 KEPT evenly spaced samples of a video."""
+    """{"rgb", "scene", "flow": (n,224,224,.) uint8} of up to 2 KEPT evenly spaced samples."""
     kept, stride = [], 1
-    for n, sample in enumerate(s for s in read_video(path, every, flow) if "end" not in s):
+    for n, sample in enumerate(read_video(path, every, flow, [])):
         if n % stride == 0:
             kept.append({name: sample[name] for name in IMAGES.values() if name in sample})
         if len(kept) == 2 * KEPT:
@@ -359,161 +422,218 @@ def kept_images(path, every, flow):
     return {name: np.stack([s[name] for s in kept]) for name in kept[0]}
 
 
-def tune(name, backbone, images, labels, classes, device, seed):
-    """Trains one backbone, TSN's way: SEGMENTS frames of a video, their scores averaged; returns its state dict.
+def draw_images(path, name, rng):
+    """TSN's choice of what kept_images gave: one image of each segment, half of them mirrored."""
+    with np.load(path) as f:
+        kept = f[IMAGES[name]]
+    for part in np.array_split(np.arange(len(kept)), SEGMENTS):
+        image = kept[rng.choice(part) if len(part) else rng.integers(len(kept))]
+        if rng.random() < 0.5:
+            image = image[:, ::-1]
+            if name == "action_flow":    # x flows the other way
+                image = np.where(np.arange(2 * PAIRS) % 2 == 0, 255 - image, image)
+        yield image
 
-    images: paths of what kept_images gave, labels (N,). action_*: a C-way layer in place of the last; scene: one on
-    the 365 outputs, which stay the features [R14]. Batch normalisation keeps its statistics.
-    """
+
+def tune(name, backbone, images, labels, device, seed):
+    """Trains a backbone on the mean scores of SEGMENTS frames of a video. Returns its state dict.
+    A new layer replaces the last; for the scene it follows the 365 outputs, which stay F_S [R14]."""
     torch.manual_seed(seed)
-    layer = nn.Linear(365 if name == "scene" else 2048, classes)
+    layer = nn.Linear(365 if name == "scene" else 2048, max(labels) + 1)
     model = nn.Sequential(backbone, nn.Dropout(0. if name == "scene" else 0.5), layer).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), TUNING["lr"], TUNING["momentum"], weight_decay=TUNING["weight_decay"])
+    optimizer = torch.optim.SGD(model.parameters(), **TUNING["sgd"])
     for epoch in range(1, TUNING["epochs"] + 1):
-        rng, total, right = np.random.default_rng([seed, epoch]), 0., 0
-        model[1].train()
-        order = rng.permutation(len(images))
-        for batch in (order[n:n + TUNING["batch"]] for n in range(0, len(order), TUNING["batch"])):
-            chosen = []
-            for i in batch:
-                with np.load(images[i]) as f:
-                    kept = f[IMAGES[name]]
-                for part in np.array_split(np.arange(len(kept)), SEGMENTS):
-                    image = kept[rng.choice(part) if len(part) else rng.integers(len(kept))]
-                    if rng.random() < 0.5:                            # mirrored: x flows the other way
-                        image = image[:, ::-1]
-                        if name == "action_flow":
-                            image = np.where(np.arange(2 * PAIRS) % 2 == 0, 255 - image, image)
-                    chosen.append(image)
+        rng = np.random.default_rng([seed, epoch])
+        order = torch.from_numpy(rng.permutation(len(images)))
+        for batch in order.split(TUNING["batch"]):
+            chosen = [image for i in batch for image in draw_images(images[i], name, rng)]
             y = torch.tensor([labels[i] for i in batch], device=device)
-            scores = model(network_input(name, np.stack(chosen), device)).view(len(batch), SEGMENTS, -1).mean(1)
+            scores = model(network_input(name, np.stack(chosen), device))
+            scores = scores.view(len(batch), SEGMENTS, -1).mean(1)
             loss = nn.functional.cross_entropy(scores, y)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 20.)         # as TSN does
+            nn.utils.clip_grad_norm_(model.parameters(), 20.)    # as TSN does
             optimizer.step()
-            total, right = total + loss.item() * len(batch), right + (scores.argmax(1) == y).sum().item()
-        print(f"tuning   {name}  epoch {epoch}/{TUNING['epochs']}  loss {total / len(images):.4f}  training accuracy "
-              f"{right / len(images):.4f}", flush=True)
-    return {k: v.cpu() for k, v in backbone.eval().state_dict().items()}
+        print(f"tuning   {name}  epoch {epoch}/{TUNING['epochs']}  loss {loss.item():.4f}", flush=True)
+    return {key: v.cpu() for key, v in backbone.eval().state_dict().items()}
 
 
-def finetune(args, videos, names, weights, files, device):
-    """Tunes the networks that feats/tuned_<network>.pt does not hold yet. Raises InputError."""
+def finetune(args, videos, names, weights, files):
+    """Tunes the networks that feats/tuned_<network>.pt does not hold yet."""
     ids, feats = list(videos), Path(args.feats)
     found, missing = read_list(args.finetune, ids)
     if missing or not found:
-        raise InputError(f"{args.finetune}: not in {args.videos}: {missing[:3]}; there is {ids[0]}")
+        raise InputError(f"{args.finetune}: not in {args.folder}: {missing[:3]}; there is {ids[0]}")
     train = sorted(ids[i] for i in found)
-    classes = sorted({identity.split("/")[0] for identity in train})
-    labels = [classes.index(identity.split("/")[0]) for identity in train]
+    _, labels = np.unique([identity.split("/")[0] for identity in train], return_inverse=True)
     images = [feats / ".tuning" / f"{identity}.npz" for identity in train]
     for name in names:
         path = feats / f"tuned_{name}.pt"
         meta = dict(tuned_on=train, start=files[name], every=args.every, seed=args.seed, tuning=TUNING)
         if path.exists():
-            with about(path, "tuned on another list or with other settings: choose another output folder"):
-                assert torch.load(path, weights_only=True)["meta"] == meta, "made otherwise"
+            if load_tuned(path)["meta"] != meta:
+                raise InputError(f"{path}: tuned on another list or otherwise; another folder")
             print(f"tuning   {path} is used again")
             continue
-        if ranks()[1] > 1:
-            raise InputError(f"{path}: not there yet; give the command once without torchrun, then with it")
         for identity, kept in zip(train, images):
+            if kept.exists():
+                continue
+            print(f"tuning   images of {identity}", flush=True)
             with about(videos[identity], f"take it off {args.finetune}"):
-                if not kept.exists():
-                    print(f"tuning   images of {identity}", flush=True)
-                    np.savez(buffer := io.BytesIO(), **kept_images(videos[identity], args.every, not args.no_flow))
-                    write_whole(kept, buffer.getvalue())
-        backbone = build([name], weights, args.seed, device)[name]
-        state = tune(name, backbone, images, labels, len(classes), device, args.seed)
-        torch.save(dict(state=state, meta=meta), buffer := io.BytesIO())
-        write_whole(path, buffer.getvalue())
+                arrays = kept_images(videos[identity], args.every, not args.no_flow)
+            with whole(kept) as part:
+                np.savez(part, **arrays)
+        backbone = build([name], weights, args.seed, args.device)[name]
+        state = tune(name, backbone, images, labels, args.device, args.seed)
+        with whole(path) as part:
+            torch.save(dict(state=state, meta=meta), part)
     shutil.rmtree(feats / ".tuning", ignore_errors=True)
 
 
+def load_tuned(path):
+    with about(path, "--tuned takes the folder of features that --finetune wrote"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # ---- Command line ----
-def main(argv=None):
-    """Returns the exit status: 0, or 1 if videos could not be decoded. Raises InputError."""
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("videos", help="folder of <class>/<name>.mp4, whose split lists (*.txt, *.list) are copied along; or one video")
+    add("videos", nargs="+", help="folder of <class>/<name>.mp4 and split lists, or videos")
     add("feats", help="folder for <class>/<name>.npz")
-    add("--every", type=int, default=EVERY, help=f"one frame in this many (4.1; default: {EVERY})")
+    add("--every", type=int, default=EVERY, help="one frame in this many (8, 4.1)")
     add("--no-flow", action="store_true", help="F_A of RGB alone")
-    add("--detector", choices=DETECTORS, default="fasterrcnn_resnet50_fpn_v2", help="for F_O; the last two suit a CPU")
-    add("--weights", metavar="DIR", help="folder with weight files, where they cannot be downloaded")
-    add("--finetune", metavar="TRAINLIST", help="first tune the action and scene networks on these videos (4.1)")
-    add("--tuned", metavar="DIR", help="take the networks that --finetune put into DIR")
-    add("--random-weights", action="store_true", help="try the pipeline without weights; means nothing")
-    add("--seed", type=int, default=0, help="of --random-weights and --finetune (default: 0)")
+    add("--no-pictures", action="store_true", help="no small JPEG of each frame")
+    add("--detector", choices=DETECTORS, default=list(DETECTORS)[0], help="the last two suit a CPU")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--weights", metavar="DIR", help="folder of weight files")
+    either("--random-weights", action="store_true", help="try the pipeline; means nothing")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--finetune", metavar="TRAINLIST", help="first tune the networks on it (4.1)")
+    either("--tuned", metavar="DIR", help="networks that --finetune put into DIR")
+    add("--seed", type=int, default=0, help="of random weights and --finetune")
     add("--overwrite", action="store_true", help="extract finished videos again")
-    add("--batch", type=int, default=16, help="frames in a batch (default: 16)")
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--batch", type=int, default=16, help="frames in a batch (16)")
+    add("--device", default="cpu", help="cpu or cuda")
+    if torch.cuda.is_available():
+        parser.set_defaults(device=f"cuda:{LOCAL % torch.cuda.device_count()}")
     args = parser.parse_args(argv)
-    if args.every < 1 or args.batch < 1 or args.seed < 0:
-        parser.error("--every and --batch must be at least 1, --seed at least 0")
-    rank, world, local = ranks()
-    device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-    with about(f"--device {device}"):
-        torch.zeros(1, device=device)
-    videos, feats = find_videos(args.videos), Path(args.feats)
-    names = ["action_rgb", *([] if args.no_flow else ["action_flow"]), "scene", args.detector]
-    options = ["--every", str(args.every), "--detector", args.detector] + ["--no-flow"] * args.no_flow
-    weights, files = {}, {name: "random" for name in names}
+    first = Path(args.videos[0])
+    single = len(args.videos) > 1 or first.suffix.lower() in SUFFIXES and not first.is_dir()
+    args.folder = None if single else first
+    for folder in filter(None, (args.folder, args.weights)):
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder}: no such folder")
+    if args.every < 1 or args.batch < 1 or not 0 <= args.seed < 2 ** 63:
+        parser.error("--every and --batch are 1 or more, --seed 0 to 2^63 - 1")
+    if args.seed and not (args.random_weights or args.finetune) or args.finetune and (single or WORLD > 1):
+        parser.error("--seed: with random weights or --finetune; --finetune: of a folder, no torchrun")
+    args.tuned = args.feats if args.finetune else args.tuned
+    args.started = time.time()
+    with about(f"--device {args.device}", "cpu or cuda"):
+        torch.zeros(1, device=args.device)
+    return args
+
+
+def choose_networks(args, videos):
+    """{network: path of its weights}, and the settings; dfan.py extracts by their `options`."""
+    names = ["action_rgb", "action_flow", "scene", args.detector]
+    if args.no_flow:
+        names.remove("action_flow")
+    weights, files, tuned_on = {}, dict.fromkeys(names, "random"), None
     if args.random_weights:
         print(f"WARNING  networks with RANDOM weights (seed {args.seed}): their features mean nothing")
-        options += ["--random-weights", "--seed", str(args.seed)]
-    for name in () if args.random_weights else names:
-        weights[name], sha256 = find_weights(name, args.weights)
-        files[name] = f"{weights[name].name} sha256 {sha256}"
-    tuned, tuned_on = {}, None
+    else:
+        for name in names:
+            weights[name], files[name] = find_weights(name, args.weights)
     if args.finetune:
-        finetune(args, videos, [name for name in names if name in IMAGES], weights, files, device)
-    for name in [name for name in names if name in IMAGES] if args.finetune or args.tuned else ():
-        path = Path(args.tuned or feats, f"tuned_{name}.pt")
-        with about(path, "--tuned takes the folder of features that --finetune wrote"):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            tuned[name], tuned_on = saved["state"], saved["meta"]["tuned_on"]
-        files[name] = f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, from {files[name]}"
-    options += ["--tuned", os.path.abspath(args.tuned or feats)] if tuned else []
-    settings = dict(version=2, every=args.every, K=K, networks=files, tuned_on=tuned_on, options=options,
-                    random_weights=args.seed if args.random_weights else None, opencv=cv2.__version__)
-    out = {identity: feats / f"{identity}.npz" for identity in list(videos)[rank::world]}
-    finished = lambda identity: not args.overwrite and is_finished(out[identity], videos[identity], settings)
-    todo = [identity for identity in out if not finished(identity)]
-    for path in sorted(Path(args.videos).glob("*")) if rank == 0 else ():
-        if path.suffix in (".txt", ".list") and not (feats / path.name).exists():
-            write_whole(feats / path.name, path.read_bytes())
-    with about(feats, "choose another output folder"):
-        for path in out.values():                                     # dfan.py must see a class whose videos all fail
-            path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{len(out)} videos, {len(out) - len(todo)} finished before, {len(todo)} to do; device {device}", flush=True)
-    models = build(names, weights, args.seed, device, tuned) if todo else {}
-    random.Random(os.getpid()).shuffle(todo)                          # two extractions at once rarely meet
-    start, frames, failures, warnings, elsewhere = time.monotonic(), 0, [], [], 0
-    for n, identity in enumerate(todo, 1):
-        if finished(identity):                                        # by another process, meanwhile
-            elsewhere += 1
+        finetune(args, videos, names[:-1], weights, files)
+    if args.tuned:
+        for name in names[:-1]:
+            weights[name] = Path(args.tuned, f"tuned_{name}.pt")
+            tuned_on = load_tuned(weights[name])["meta"]["tuned_on"]
+            files[name] = f"{describe(weights[name])}, from {files[name]}"
+    options = dict(every=args.every, detector=args.detector, no_flow=args.no_flow, seed=args.seed,
+                   random_weights=args.random_weights, tuned=args.tuned and os.path.abspath(args.tuned))
+    return weights, dict(version=3, every=args.every, K=K, networks=files, tuned_on=tuned_on, options=options,
+                         random_weights=args.seed if args.random_weights else None,
+                         proposals=PROPOSALS[args.detector], object_names=[COCO_91[i] for i in COCO_80])
+
+
+def work(args, videos, todo, settings, models):
+    """Extracts, from an own start on, what no other process works on; then the rest: one may have been killed.
+    Returns the lines FAILED and WARNING. Raises InputError."""
+    start = RANK * len(todo) // WORLD if WORLD > 1 else random.randrange(len(todo))
+    waiting = deque(todo[start:] + todo[:start])
+    passed_over = set()
+    begun, made = time.monotonic(), 0
+    lines = []
+    while waiting:
+        identity = waiting.popleft()
+        video, target = videos[identity], Path(args.feats, f"{identity}.npz")
+        claimed = any((part / target.name).exists() for part in target.parent.glob(".part-*"))
+        if claimed and identity not in passed_over:
+            passed_over.add(identity)
+            waiting.append(identity)
             continue
+        n, spent = len(todo) - len(waiting), time.monotonic() - begun
+        line = f"[{n}/{len(todo)}] {identity}"
+        if made:
+            line += f"  {spent / (n - 1) * (len(waiting) + 1) / 60:.1f} min left"
         try:
-            arrays = extract(videos[identity], models, settings, args.batch, device)
-            np.savez(buffer := io.BytesIO(), **arrays)
-            write_whole(out[identity], buffer.getvalue())
-        except (VideoError, cv2.error) as error:
-            failures.append(" ".join(f"FAILED   {videos[identity]}: {error}".split("\n")))
-            print(failures[-1], flush=True)
+            if is_finished(target, video, settings, args):
+                continue
+            print(line, flush=True)    # before the work: it may crash
+            with whole(target) as part:    # others pass over it now
+                arrays = extract(video, models, settings, args)
+                np.savez(part, **arrays)
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) and target.exists():
+                continue    # another process was faster and removed our part
+            if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:    # of writing
+                raise InputError(f"{target}: {error.strerror or error}; the same command goes on") from error
+            reason = str(error).strip() or type(error).__name__
+            lines.append(f"FAILED   {video}: {reason.splitlines()[0]}")
+            print(lines[-1], flush=True)
             continue
-        frames += len(arrays["frames"])
-        warnings += [f"WARNING  {videos[identity]}: {arrays['warning']}"] * bool(arrays["warning"])
-        spent = time.monotonic() - start
-        print(f"[{n}/{len(todo)}] {identity}  {frames / spent:.2f} frames/s  {spent / n * (len(todo) - n) / 60:.1f} min left",
-              flush=True)
+        made += 1
+        if arrays["warning"]:
+            lines.append(f"WARNING  {video}: {arrays['warning']}")
+    failed = sum(line.startswith("FAILED") for line in lines)
+    print(f"{made} videos extracted, {failed} failed, {len(todo) - made - failed} by another process; "
+          f"{time.monotonic() - begun:.0f} s")
+    return lines
+
+
+def main(argv=None):
+    """Returns the exit status: 1 if a video or folder failed. Raises InputError."""
+    args = parse_args(argv)
+    if args.folder:
+        videos, unread = find_videos(args.folder)
+        if RANK == 0:
+            look_around(args.folder, Path(args.feats), videos)
+    else:
+        videos, unread = {Path(video).stem: Path(video) for video in args.videos}, []
+        if len(videos) < len(args.videos):
+            raise InputError(f"two of one name: {', '.join(args.videos)}")
+    weights, settings = choose_networks(args, videos)
+    todo, lines = [], [f"FAILED   {error.filename}: {error.strerror}" for error in unread]
+    of_one = VideoError if args.folder else (VideoError, InputError)    # settings: of all of a folder
+    for identity, video in videos.items():
+        try:
+            if not is_finished(Path(args.feats, f"{identity}.npz"), video, settings, args):
+                todo.append(identity)
+        except of_one as error:
+            lines.append(f"FAILED   {video}: {error}")
+    done = len(videos) - len(todo)
+    print(f"{len(videos)} videos, {done} finished before, {len(todo)} to do; device {args.device}", flush=True)
     if todo:
-        print(f"{len(todo) - len(failures) - elsewhere} videos extracted, {len(failures)} failed, {frames} frames sampled in "
-              f"{time.monotonic() - start:.0f} s" + (f", {elsewhere} by another process" if elsewhere else ""))
-    for line in failures + warnings:
+        models = build(settings["networks"], weights, args.seed, args.device)
+        lines += work(args, videos, todo, settings, models)
+    for line in lines:
         print(line)
-    return max(gather(1 if failures else 0))                          # together: torchrun ends all when one ends
+    return int(any(line.startswith("FAILED") for line in lines))
 
 
 if __name__ == "__main__":
