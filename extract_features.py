@@ -43,7 +43,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}; pip install -r requirements.txt; for libGL: apt install libgl1")
 
-from dfan import SUFFIXES, InputError, about, command, read_list, whole
+from dfan import SUFFIXES, InputError, about, command, load_checkpoint, read_list, whole
 
 EVERY, K = 8, 16        # "one frame [...] at every eight frames" (4.1), "K = 16" (3.2.1)
 PAIRS, BOUND = 5, 20    # TSN's flow input: five fields, clipped to +-20 pixels
@@ -51,6 +51,7 @@ TRIES = 20_000          # failures in a row that end a video: 0.2 s
 RANK = int(os.environ.get("RANK", 0))    # torchrun's
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL = int(os.environ.get("LOCAL_RANK", 0))
+OPTIONS = dict(every=int, detector=str, no_flow=bool, random_weights=bool, seed=int, tuned=str | None)
 
 
 # ---- 4.1 Sampling: "one frame is uniformly sampled at every eight frames for feature extraction" ----
@@ -102,7 +103,7 @@ def open_video(path):
     if not os.path.isfile(path):
         raise VideoError("no file: a broken link, a folder or a pipe")
     if os.fsencode(path).decode(errors="ignore") != str(path):
-        raise VideoError("its name is not UTF-8, which crashes OpenCV; rename it")
+        raise VideoError("its name is not UTF-8; rename it")
     if not os.access(path, os.R_OK):
         raise VideoError("no permission to read it")
     video = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
@@ -125,7 +126,7 @@ def decoded_frames(video, every, flow):
 
 
 def resize_short(image, side):
-    """Scales so that the short side is `side` pixels."""
+    """The short side gets `side` pixels."""
     h, w = image.shape[:2]
     size = [max(side, round(n * side / min(h, w))) for n in (w, h)]
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
@@ -159,7 +160,7 @@ def jpeg(frame):
 
 
 # ---- 3.1 Multiple feature extraction ----
-IMAGES = dict(action_rgb="rgb", action_flow="flow", scene="scene")    # of a sample
+IMAGES = dict(action_rgb="rgb", action_flow="flow", scene="scene")
 IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]    # mean, standard deviation
 
 
@@ -222,17 +223,14 @@ def detect(model, frames):
 # ---- Weights ----
 DETECTORS = {f"fasterrcnn_{name}": get_model_weights(f"fasterrcnn_{name}").COCO_V1 for name in (
     "resnet50_fpn_v2", "resnet50_fpn", "mobilenet_v3_large_fpn", "mobilenet_v3_large_320_fpn")}
-PROPOSALS = {name: 150 if name.endswith("320_fpn") else 300 for name in DETECTORS}    # K stay
+PROPOSALS = {name: 150 if name.endswith("320_fpn") else 300 for name in DETECTORS}
 COCO_91 = DETECTORS["fasterrcnn_resnet50_fpn_v2"].meta["categories"]
 COCO_80 = [i for i, name in enumerate(COCO_91) if name not in ("__background__", "N/A")]
-# mmaction2's host has had outages; none of these was tried from here
 MMACTION = "https://download.openmmlab.com/mmaction/", "https://openmmlab.oss-accelerate.aliyuncs.com/mmaction/"
-HUGGING_FACE = "https://huggingface.co/RaphaelLiu/EvalCrafter-Models/resolve/main"
 TSN_RGB = "tsn_imagenet-pretrained-r50_8xb32-1x1x8-100e_kinetics400-rgb"
 TSN_FLOW = "tsn_r50_320p_1x1x8_110e_kinetics400_flow"
-RGB_FOLDERS = [*(f"{host}v1.0/recognition/tsn/{TSN_RGB}" for host in MMACTION), HUGGING_FACE]
-URLS = {    # tried in turn; a name ends with the start of the SHA-256
-    "action_rgb": [f"{folder}/{TSN_RGB}_20220906-2692d16c.pth" for folder in RGB_FOLDERS],
+URLS = {    # tried in turn, never from here; a name ends with the start of the SHA-256
+    "action_rgb": [f"{host}v1.0/recognition/tsn/{TSN_RGB}/{TSN_RGB}_20220906-2692d16c.pth" for host in MMACTION],
     "action_flow": [f"{host}recognition/tsn/{TSN_FLOW}/{TSN_FLOW}_20200705-1f39486b.pth" for host in MMACTION],
     "scene": ["http://places2.csail.mit.edu/models_places365/resnet18_places365.pth.tar"],
     **{name: [published.url] for name, published in DETECTORS.items()}}
@@ -259,7 +257,7 @@ def find_weights(network, folder):
             reason = error
     if not path.is_file():
         raise InputError(f"{name}: {reason}; get it from {' or '.join(urls)}, then --weights DIR; "
-                         "or do without: --no-flow, for a trial --random-weights")
+                         "or --no-flow, or for a trial --random-weights")
     found = describe(path)
     if f" sha256 {prefix}" not in found:
         raise InputError(f"{path}: {found}; published: {prefix}...; get it again")
@@ -294,7 +292,7 @@ def build(names, weights, seed, device):
 
 
 def build_detector(name):
-    """As its published weights expect it: all but the _v2 have frozen batch norm."""
+    """As published: all but the _v2 have frozen batch norm."""
     model = getattr(detection, name)(weights=None, weights_backbone=None, rpn_post_nms_top_n_test=PROPOSALS[name])
     if name.endswith("_v2"):
         return model
@@ -307,7 +305,7 @@ def build_detector(name):
 
 
 def load_weights(name, model, path):
-    """A published file or one of --finetune, no key more or less."""
+    """A published file or one of --finetune: no key more or less."""
     with about(path, "not the weights of this network; get the published file"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state = saved.get("state") or saved.get("state_dict") or saved
@@ -320,9 +318,6 @@ def load_weights(name, model, path):
 
 
 # ---- Files ----
-LISTS = (".txt", ".list")    # of a split, beside the class folders
-
-
 def find_videos(folder):
     """{"class/stem": path} of the videos below, through links too, and the OSErrors of folders."""
     videos, passed, unread = {}, Counter(), []
@@ -349,7 +344,7 @@ def find_videos(folder):
 
 
 def look_around(folder, feats, videos):
-    """Counts the classes, names features whose video is gone, copies split lists."""
+    """Counts classes, names features without a video, copies split lists."""
     counts = Counter(identity.split("/")[0] for identity in videos)
     print("classes  " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     made = {f"{path.parent.name}/{path.stem}" for path in feats.glob("[!.]*/[!.]*.npz")}
@@ -357,7 +352,7 @@ def look_around(folder, feats, videos):
     if gone:
         print(f"WARNING  {len(gone)} features without a video, which drawn splits count: {gone[:3]}")
     for path in folder.glob("*"):
-        if path.suffix in LISTS and path.is_file():
+        if path.suffix in (".txt", ".list") and path.is_file():
             copy = feats / path.name
             if copy.exists() and copy.read_bytes() != path.read_bytes():
                 print(f"list     {copy} differed from {path}: copied again")
@@ -385,7 +380,7 @@ def is_finished(target, video, settings, args):
 
 
 def extract(path, models, settings, args):
-    """The arrays of one video's .npz. Raises VideoError, or whatever goes wrong; no OSError."""
+    """The arrays of one video's .npz. Raises whatever goes wrong, but no OSError."""
     parts, warnings = [], []
     video_bytes = path.stat().st_size if path.is_file() else 0
     samples = read_video(path, args.every, not args.no_flow, warnings)
@@ -423,7 +418,7 @@ def kept_images(path, every, flow):
 
 
 def draw_images(path, name, rng):
-    """TSN's choice of what kept_images gave: one image of each segment, half of them mirrored."""
+    """TSN's choice: one kept image of each segment, half of them mirrored."""
     with np.load(path) as f:
         kept = f[IMAGES[name]]
     for part in np.array_split(np.arange(len(kept)), SEGMENTS):
@@ -436,7 +431,7 @@ def draw_images(path, name, rng):
 
 
 def tune(name, backbone, images, labels, device, seed):
-    """Trains a backbone on the mean scores of SEGMENTS frames of a video. Returns its state dict.
+    """Trains a backbone on mean scores of SEGMENTS frames a video. Returns its state dict.
     A new layer replaces the last; for the scene it follows the 365 outputs, which stay F_S [R14]."""
     torch.manual_seed(seed)
     layer = nn.Linear(365 if name == "scene" else 2048, max(labels) + 1)
@@ -474,7 +469,6 @@ def finetune(args, videos, names, weights, files):
         if path.exists():
             if load_tuned(path)["meta"] != meta:
                 raise InputError(f"{path}: tuned on another list or otherwise; another folder")
-            print(f"tuning   {path} is used again")
             continue
         for identity, kept in zip(train, images):
             if kept.exists():
@@ -492,7 +486,7 @@ def finetune(args, videos, names, weights, files):
 
 
 def load_tuned(path):
-    with about(path, "--tuned takes the folder of features that --finetune wrote"):
+    with about(path, "--tuned takes a folder that --finetune wrote"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -512,6 +506,7 @@ def parse_args(argv=None):
     either = parser.add_mutually_exclusive_group().add_argument
     either("--finetune", metavar="TRAINLIST", help="first tune the networks on it (4.1)")
     either("--tuned", metavar="DIR", help="networks that --finetune put into DIR")
+    add("--like", metavar="CHECKPOINT", help="as the features of this trained network")
     add("--seed", type=int, default=0, help="of random weights and --finetune")
     add("--overwrite", action="store_true", help="extract finished videos again")
     add("--batch", type=int, default=16, help="frames in a batch (16)")
@@ -519,6 +514,12 @@ def parse_args(argv=None):
     if torch.cuda.is_available():
         parser.set_defaults(device=f"cuda:{LOCAL % torch.cuda.device_count()}")
     args = parser.parse_args(argv)
+    if args.like:
+        options = load_checkpoint(args.like)["settings"]["extraction"].get("options", {})
+        for name, kind in OPTIONS.items():    # typed
+            if not isinstance(options.get(name), kind) or options["detector"] not in DETECTORS:
+                raise InputError(f"{args.like}: trained on other features; give the .npz")
+            setattr(args, name, options[name])
     first = Path(args.videos[0])
     single = len(args.videos) > 1 or first.suffix.lower() in SUFFIXES and not first.is_dir()
     args.folder = None if single else first
@@ -528,8 +529,9 @@ def parse_args(argv=None):
     if args.every < 1 or args.batch < 1 or not 0 <= args.seed < 2 ** 63:
         parser.error("--every and --batch are 1 or more, --seed 0 to 2^63 - 1")
     if args.seed and not (args.random_weights or args.finetune) or args.finetune and (single or WORLD > 1):
-        parser.error("--seed: with random weights or --finetune; --finetune: of a folder, no torchrun")
-    args.tuned = args.feats if args.finetune else args.tuned
+        parser.error("--seed: with random weights or --finetune; --finetune: a folder, no torchrun")
+    tuned = args.feats if args.finetune else args.tuned
+    args.tuned = tuned and os.path.abspath(tuned)
     args.started = time.time()
     with about(f"--device {args.device}", "cpu or cuda"):
         torch.zeros(1, device=args.device)
@@ -554,8 +556,7 @@ def choose_networks(args, videos):
             weights[name] = Path(args.tuned, f"tuned_{name}.pt")
             tuned_on = load_tuned(weights[name])["meta"]["tuned_on"]
             files[name] = f"{describe(weights[name])}, from {files[name]}"
-    options = dict(every=args.every, detector=args.detector, no_flow=args.no_flow, seed=args.seed,
-                   random_weights=args.random_weights, tuned=args.tuned and os.path.abspath(args.tuned))
+    options = {name: getattr(args, name) for name in OPTIONS}
     return weights, dict(version=3, every=args.every, K=K, networks=files, tuned_on=tuned_on, options=options,
                          random_weights=args.seed if args.random_weights else None,
                          proposals=PROPOSALS[args.detector], object_names=[COCO_91[i] for i in COCO_80])
@@ -567,8 +568,7 @@ def work(args, videos, todo, settings, models):
     start = RANK * len(todo) // WORLD if WORLD > 1 else random.randrange(len(todo))
     waiting = deque(todo[start:] + todo[:start])
     passed_over = set()
-    begun, made = time.monotonic(), 0
-    lines = []
+    begun, made, lines = time.monotonic(), 0, []
     while waiting:
         identity = waiting.popleft()
         video, target = videos[identity], Path(args.feats, f"{identity}.npz")
@@ -585,12 +585,12 @@ def work(args, videos, todo, settings, models):
             if is_finished(target, video, settings, args):
                 continue
             print(line, flush=True)    # before the work: it may crash
-            with whole(target) as part:    # others pass over it now
+            with whole(target) as part:    # others pass over it
                 arrays = extract(video, models, settings, args)
                 np.savez(part, **arrays)
         except Exception as error:
             if isinstance(error, FileNotFoundError) and target.exists():
-                continue    # another process was faster and removed our part
+                continue    # another process was faster
             if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:    # of writing
                 raise InputError(f"{target}: {error.strerror or error}; the same command goes on") from error
             reason = str(error).strip() or type(error).__name__
