@@ -41,7 +41,8 @@ try:
     from torchvision.models import detection, get_model_weights, resnet18, resnet50
     from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
 except ImportError as missing:
-    sys.exit(f"{missing}; pip install -r requirements.txt; for libGL: apt install libgl1")
+    print(f"{missing}; pip install -r requirements.txt; for libGL: apt install libgl1", file=sys.stderr)
+    sys.exit(2)
 
 from dfan import SUFFIXES, InputError, about, command, load_checkpoint, read_list, whole
 
@@ -60,7 +61,7 @@ class VideoError(Exception):
 
 
 def read_video(path, every, flow, warnings):
-    """Yields a dict for one decoded frame in `every`, to the end of the stream, whatever the container's count:
+    """Yields a dict for one decoded frame in `every`, to the end of the stream:
     number, seconds, fps; frame (H,W,3) uint8 RGB; rgb, scene (224,224,3) uint8; flow (224,224,10) uint8 of the
     five pairs centred on the frame, shifted inwards at the ends. Adds to the list `warnings`. Raises VideoError."""
     video = open_video(path)
@@ -203,9 +204,8 @@ def detect(model, frames):
     pooled = heads.box_roi_pool(maps, proposals, images.image_sizes)
     logits, offsets = heads.box_predictor(heads.box_head(pooled))
     per_image = [len(p) for p in proposals]
-    all_boxes = heads.box_coder.decode(offsets, proposals).view(*logits.shape, 4)    # (R,91,4)
-    all_boxes = all_boxes.split(per_image)
-    all_scores = logits.softmax(-1).split(per_image)    # (R,91) each
+    all_boxes = heads.box_coder.decode(offsets, proposals).view(*logits.shape, 4).split(per_image)    # (R,91,4)
+    all_scores = logits.softmax(-1).split(per_image)    # (R,91)
     F_O = torch.zeros(len(frames), K, len(COCO_80) + 4, device=logits.device)
     for F_o, boxes, scores, (height, width) in zip(F_O, all_boxes, all_scores, images.image_sizes):
         boxes = clip_boxes_to_image(boxes, (height, width))
@@ -348,7 +348,7 @@ def look_around(folder, feats, videos):
     counts = Counter(identity.split("/")[0] for identity in videos)
     print("classes  " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     made = {f"{path.parent.name}/{path.stem}" for path in feats.glob("[!.]*/[!.]*.npz")}
-    gone = sorted(made.difference(videos))
+    gone = sorted(made - videos.keys())
     if gone:
         print(f"WARNING  {len(gone)} features without a video, which drawn splits count: {gone[:3]}")
     for path in folder.glob("*"):
@@ -443,8 +443,7 @@ def tune(name, backbone, images, labels, device, seed):
         for batch in order.split(TUNING["batch"]):
             chosen = [image for i in batch for image in draw_images(images[i], name, rng)]
             y = torch.tensor([labels[i] for i in batch], device=device)
-            scores = model(network_input(name, np.stack(chosen), device))
-            scores = scores.view(len(batch), SEGMENTS, -1).mean(1)
+            scores = model(network_input(name, np.stack(chosen), device)).view(len(batch), SEGMENTS, -1).mean(1)
             loss = nn.functional.cross_entropy(scores, y)
             optimizer.zero_grad()
             loss.backward()
@@ -494,19 +493,19 @@ def load_tuned(path):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("videos", nargs="+", help="folder of <class>/<name>.mp4 and split lists, or videos")
+    add("videos", nargs="+", help="folder of <class>/<name>.mp4, or videos")
     add("feats", help="folder for <class>/<name>.npz")
     add("--every", type=int, default=EVERY, help="one frame in this many (8, 4.1)")
     add("--no-flow", action="store_true", help="F_A of RGB alone")
-    add("--no-pictures", action="store_true", help="no small JPEG of each frame")
+    add("--no-pictures", action="store_true", help="no small JPEGs")
     add("--detector", choices=DETECTORS, default=list(DETECTORS)[0], help="the last two suit a CPU")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--weights", metavar="DIR", help="folder of weight files")
-    either("--random-weights", action="store_true", help="try the pipeline; means nothing")
+    either("--random-weights", action="store_true", help="a trial; means nothing")
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--finetune", metavar="TRAINLIST", help="first tune the networks on it (4.1)")
-    either("--tuned", metavar="DIR", help="networks that --finetune put into DIR")
-    add("--like", metavar="CHECKPOINT", help="as the features of this trained network")
+    either("--finetune", metavar="TRAINLIST", help="first tune on it (4.1)")
+    either("--tuned", metavar="DIR", type=os.path.abspath, help="folder of tuned networks")
+    add("--like", metavar="CHECKPOINT", help="as a network's features were made")
     add("--seed", type=int, default=0, help="of random weights and --finetune")
     add("--overwrite", action="store_true", help="extract finished videos again")
     add("--batch", type=int, default=16, help="frames in a batch (16)")
@@ -515,11 +514,14 @@ def parse_args(argv=None):
         parser.set_defaults(device=f"cuda:{LOCAL % torch.cuda.device_count()}")
     args = parser.parse_args(argv)
     if args.like:
-        options = load_checkpoint(args.like)["settings"]["extraction"].get("options", {})
+        saved = load_checkpoint(args.like)
+        options = saved["settings"]["extraction"].get("options", {})
         for name, kind in OPTIONS.items():    # typed
             if not isinstance(options.get(name), kind) or options["detector"] not in DETECTORS:
-                raise InputError(f"{args.like}: trained on other features; give the .npz")
+                raise InputError(f"{args.like}: of other features; give an .npz")
             setattr(args, name, options[name])
+        if args.tuned and not os.path.isdir(args.tuned):    # moved, with the features
+            args.tuned = os.path.abspath(saved["data"])
     first = Path(args.videos[0])
     single = len(args.videos) > 1 or first.suffix.lower() in SUFFIXES and not first.is_dir()
     args.folder = None if single else first
@@ -530,9 +532,7 @@ def parse_args(argv=None):
         parser.error("--every and --batch are 1 or more, --seed 0 to 2^63 - 1")
     if args.seed and not (args.random_weights or args.finetune) or args.finetune and (single or WORLD > 1):
         parser.error("--seed: with random weights or --finetune; --finetune: a folder, no torchrun")
-    tuned = args.feats if args.finetune else args.tuned
-    args.tuned = tuned and os.path.abspath(tuned)
-    args.started = time.time()
+    args.tuned = os.path.abspath(args.feats) if args.finetune else args.tuned
     with about(f"--device {args.device}", "cpu or cuda"):
         torch.zeros(1, device=args.device)
     return args
@@ -609,6 +609,7 @@ def work(args, videos, todo, settings, models):
 def main(argv=None):
     """Returns the exit status: 1 if a video or folder failed. Raises InputError."""
     args = parse_args(argv)
+    args.started = time.time()
     if args.folder:
         videos, unread = find_videos(args.folder)
         if RANK == 0:
@@ -626,8 +627,7 @@ def main(argv=None):
                 todo.append(identity)
         except of_one as error:
             lines.append(f"FAILED   {video}: {error}")
-    done = len(videos) - len(todo)
-    print(f"{len(videos)} videos, {done} finished before, {len(todo)} to do; device {args.device}", flush=True)
+    print(f"{len(videos)} videos, {len(videos) - len(todo)} finished before, {len(todo)} to do; device {args.device}", flush=True)
     if todo:
         models = build(settings["networks"], weights, args.seed, args.device)
         lines += work(args, videos, todo, settings, models)
