@@ -44,7 +44,7 @@ import tempfile
 import time
 import unicodedata
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -211,15 +211,16 @@ def vote(P, lengths):
 # ---- 4.1 The two protocols, training and evaluation ----
 
 def make_splits(data, args):
-    """The (training, validation) positions of each run. Raises InputError.
+    """The (training, validation) positions of each run.
     Ekman: "The dataset provides the training and validation splits." VideoEmotion: "our experiments are conducted
     ten times. Each time we randomly choose 2/3 of the data for training and another 1/3 for validation." (4.1)"""
     if args.split:
         lists = [read_split(path, data) for path in args.split]
         return list(zip(lists[::2], lists[1::2]))
-    for name, videos in zip(data.classes, np.bincount(data.labels, minlength=len(data.classes))):
-        if videos < 3:
-            raise InputError(f"{args.data}: a drawn split needs three videos a class; {name} has {videos}")
+    videos = np.bincount(data.labels, minlength=len(data.classes))
+    if videos.min() < 3:
+        fewest = data.classes[videos.argmin()]
+        raise InputError(f"{args.data}: a split needs three videos a class; {fewest} has {videos.min()}")
     splits = []
     for seed in range(args.seed, args.seed + 10):
         draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)  # 2/3 of each class [R12]
@@ -234,11 +235,11 @@ def batches(data, videos, args, standard, rng=None):
     if rng:
         length = length * rng.uniform(1, 1.15, len(length))
     order = np.array(videos)[length.argsort(kind="stable")]
-    sizes = [len(part) for part in np.array_split(order, -(-len(order) // args.batch))]  # alike: no video weighs more
+    parts = np.array_split(order, -(-len(order) // args.batch))  # of one size: no video weighs more
     if rng:
+        sizes = [len(part) for part in parts]
         rng.shuffle(sizes)
-    parts = np.split(order, np.cumsum(sizes)[:-1])
-    if rng:
+        parts = np.split(order, np.cumsum(sizes)[:-1])
         rng.shuffle(parts)
     for batch in parts:
         batch = batch.tolist()
@@ -250,8 +251,8 @@ def batches(data, videos, args, standard, rng=None):
 
 
 def run(number, data, train, test, args):
-    """Trains and evaluates one split, seed --seed + number; the same command goes on where it stopped.
-    Returns what the results file says: the scores of the LAST epoch, of all epochs, attention, predictions."""
+    """Trains and evaluates a split, seed --seed + number; goes on where it stopped. Returns what the results file
+    says: the scores of the LAST epoch, of all epochs, attention, predictions."""
     path = Path(args.out, f"run{number}.pt")
     settings = settings_of(number, data, train, test, args)
     torch.manual_seed(settings["seed"])
@@ -259,14 +260,16 @@ def run(number, data, train, test, args):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     if path.exists():
         saved = resume(path, settings, args.epochs)
-        standard, history = saved["standard"], saved["history"]
+        standard = saved["standard"]
+        history = saved["history"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     else:
-        standard, history = column_statistics(data, train, args), []
+        standard = column_statistics(data, train, args)
+        history = []
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.monotonic()
-        total, right = 0., 0
+        total = 0.
         model.train()
         rng = np.random.default_rng([settings["seed"], epoch])
         for F, lengths, labels, batch in batches(data, train, args, standard, rng):
@@ -277,23 +280,23 @@ def run(number, data, train, test, args):
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             total += loss.item() * len(batch)
-            right += (vote(out["P"], lengths) == labels).sum().item()
         if not np.isfinite(total):
-            raise InputError(f"{path}: the loss is {total} in epoch {epoch}; lower --lr, and another --out")
+            raise InputError(f"{path}: the loss is {total} in epoch {epoch}; lower --lr")
         outputs, scores = evaluate(model, data, test, args, standard)
-        history.append({"loss": total / len(train), "training accuracy": right / len(train)} | scores)
-        with whole(path) as part:
+        history.append(dict(loss=total / len(train)) | scores)
+        with about(path, "make room, or choose another --out"), whole(path) as part:
             torch.save(dict(settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(),
                             standard=standard, history=history, data=args.data), part)
         print_epoch(path, history, args.epochs, time.monotonic() - start, data.marks)
     outputs, _ = evaluate(model, data, test, args, standard)  # also where no epoch was left
-    return history[-1] | dict(seed=settings["seed"], checkpoint=str(path), history=history,
-                              attention=attention(data, outputs, args.fusion), predictions=predictions(data, outputs))
+    return history[-1] | dict(
+        seed=settings["seed"], checkpoint=str(path), history=history,
+        attention=attention(data, outputs, args.fusion), predictions=predictions(data, outputs))
 
 
 @torch.no_grad()
 def evaluate(model, data, videos, args, standard):
-    """{video: its outputs, numpy, without padding, and its emotion, the vote}; accuracy (4.1), confusion (figure 3)."""
+    """{video: its outputs without padding, and its emotion, the vote}; accuracy (4.1), confusion (figure 3)."""
     model.eval()
     outputs = {}
     for F, lengths, _, batch in batches(data, videos, args, standard):
@@ -310,11 +313,8 @@ def evaluate(model, data, videos, args, standard):
 
 def protocol(data, splits, args):
     """The scores of all runs: "The average of recognition accuracies over ten experiments" (4.1), or --runs seeds."""
-    runs = []
-    for number in range(max(args.runs, len(splits))):
-        train, test = splits[number % len(splits)]
-        runs.append(delayed(run)(number, data, train, test, args))
-    return Parallel(args.jobs)(runs)
+    numbers = range(max(args.runs, len(splits)))
+    return Parallel(args.jobs)(delayed(run)(n, data, *splits[n % len(splits)], args) for n in numbers)
 
 
 # ---- Here the paper's part ends. What follows is the same network, fast, then data and tools. ----
@@ -372,64 +372,63 @@ class Fast(DFAN):
 
 def make_network(settings, literal=False):
     """A row of Table 2: fusion "max", "avg", "time" (T.Focus) or "dual" (T.Focus + O.Focus)."""
-    d_action, d_scene, d_object = settings["shape"]
+    *widths, d_object = settings["shape"]
     fusion, classes = settings["fusion"], len(settings["classes"])
     if fusion in ("max", "avg"):
-        return Pooling(fusion, d_action, d_scene, classes)
+        return Pooling(fusion, *widths, classes)
     Network = DFAN if literal else Fast
-    return Network(d_action, d_scene, d_object, settings["hidden"], classes, settings["beta"], o_focus=fusion == "dual")
+    return Network(*widths, d_object, settings["hidden"], classes, settings["beta"], o_focus=fusion == "dual")
 
 
 # ---- Data: feature files, the planted set, split lists ----
 
-# dimensions of an .npz's arrays; of a name that is not here (T,D). All but the objects are for figure 4
+# dimensions of an .npz's arrays; of any other name 2, (T,D). All but the objects are for figure 4
 DIMENSIONS = dict(objects=3, seconds=1, frames=1, inside=1, pictures=1, aspect=0, video_bytes=0)
 
 
 def read_features(path, names, others=()):
-    """A video's .npz: the named arrays as float32 tensors, objects (T,K,D), others (T,D); of `others` what it holds;
-    settings; check sums of the named arrays. Raises InputError."""
+    """A video's .npz: arrays `names`, float32 tensors; those of `others` that it has; settings; check sums."""
     with about(path, "damaged, or no .npz"), np.load(path) as file:
         holds = file.files
         video = {name: file[name] for name in (*names, *others) if name in holds}
-        settings = dict(json.loads(str(file["settings"]))) if "settings" in holds else {}
+        settings = dict(json.loads(str(file.get("settings", "{}"))))
         check_sums = [file.zip.getinfo(f"{name}.npy").CRC for name in names if name in holds]
     if len(check_sums) < len(names):
-        raise InputError(f"{path}: holds {', '.join(holds)}, not all of {', '.join(names)}; choose with --features")
+        raise InputError(f"{path}: holds {', '.join(holds)}, not all of {', '.join(names)}")
     T = video[names[0]].shape[:1]
     for name, v in video.items():
         dimensions = DIMENSIONS.get(name, 2)
         if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or T == (0,):
-            raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), with one T in all arrays")
+            raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), of one T")
         if name != "pictures" and not (v.dtype.kind in "biuf" and np.isfinite(v).all()):
             raise InputError(f"{path}: {name} ({v.dtype}) holds NaN, infinity, or no real numbers")
         if name in names:
             video[name] = torch.from_numpy(v.astype(np.float32))
-        if name == "inside":
-            video[name] = v.astype(bool)  # which frames lie in an annotated segment
     return video | dict(settings=settings, check_sums=check_sums)
 
 
 class Features:
-    """The files <class>/<name>.npz of a folder, each checked here and read when needed. Raises InputError."""
+    """The files <class>/<name>.npz of a folder, each checked here and read when needed."""
 
     def __init__(self, folder, names):
         self.names = names
         folders = [p for p in Path(folder).glob("[!.@]*") if p.is_dir() and p.name != "lost+found"]
         self.classes = sorted(p.name for p in folders)
         self.paths = sorted(path for p in folders for path in p.glob("[!.]*.npz"))
-        if len(folders) < 2 or not self.paths:
-            raise InputError(f"{folder}: not a folder of <class>/<name>.npz, of two classes or more")
-        self.ids = [f"{p.parent.name}/{p.stem}" for p in self.paths]
-        self.labels = [self.classes.index(p.parent.name) for p in self.paths]
+        self.ids = [f"{path.parent.name}/{path.stem}" for path in self.paths]
+        self.labels = [self.classes.index(path.parent.name) for path in self.paths]
+        if len(self.classes) < 2 or not self.paths:
+            raise InputError(f"{folder}: no folder of <class>/<name>.npz of two classes or more")
         rows = []
         for path in watched(self.paths, f"reading {folder}"):
             video = read_features(path, names, ["inside"])
             made = video["settings"] | {name: video[name].shape[1:] for name in names}
             rows.append((len(video[names[0]]), video["check_sums"], video.get("inside"), made))
-            differs = [k for k in made | rows[0][-1] if made.get(k) != rows[0][-1].get(k)]
+            first = rows[0][-1]
+            differs = [k for k in made | first if made.get(k) != first.get(k)]
             if differs:
-                raise InputError(f"{path}: other {', '.join(differs)} than {self.paths[0]}; make one of them anew")
+                listed = ", ".join(differs)
+                raise InputError(f"{path}: other {listed} than {self.paths[0]}; make it anew")
         self.lengths, self.check_sums, self.inside, _ = zip(*rows)
         self.extraction = video["settings"]
         self.marks = []  # what every number must say beside it
@@ -452,9 +451,8 @@ def watched(items, what):
 
 
 class Planted:
-    """A built-in set on which both focuses are needed: videos of 24 frames with 8 objects. Four snippets of two
-    frames carry the action pattern of an emotion, one of them the true one's. Only there is the first object a
-    confident key; all others are weak detections, keys among them."""
+    """A built-in set that needs both focuses. Of a video's 24 frames, four snippets of two carry an emotion's action
+    pattern, one of them the true one's. Only there the first of 8 objects is a confident key."""
     TRAIN, TEST, T, K = 4000, 500, 24, 8
     classes = ["anger", "disgust", "fear", "joy", "sadness", "surprise"]
     extraction = dict(object_names=["key", "lamp", "chair", "cup", "door"])
@@ -496,8 +494,7 @@ def as_inputs(video, features, objects, standard=None):
     if "objects" in features:
         F_O = video["objects"][:, :objects]  # the most probable come first
     series = [video[name] for name in features if name != "objects"]
-    if not series:
-        series = [mean_object(F_O)[1]]  # objects alone: FF := F_O_bar [R10]
+    series = series or [mean_object(F_O)[1]]  # objects alone: FF := F_O_bar [R10]
     FF = torch.cat(series, -1)
     if standard is not None:
         mean, scale = standard
@@ -507,7 +504,7 @@ def as_inputs(video, features, objects, standard=None):
 
 
 def column_statistics(data, train, args):
-    """Mean and 1 / deviation of FF's columns over the training videos' frames (2,D); None with --raw."""
+    """Mean and 1 / deviation of FF's columns in the training videos (2,D); None with --raw."""
     if args.raw:
         return None
     scaler = StandardScaler()
@@ -524,22 +521,22 @@ SUFFIXES = tuple((".mp4 .avi .mkv .webm .mov .flv .wmv .m4v .mpg .mpeg .3gp .ts 
 
 
 def read_list(path, ids):
-    """Positions in ids of the videos that a split list names, and the names that are not there. Raises InputError.
-    A line is class/name, or a name that one class alone has; a suffix and a label may follow."""
+    """Positions in ids of the videos that a list names, and the names that are not there. A line is class/name, or a
+    name that one class alone has; a suffix and a label may follow."""
     def plain(name):  # whatever system wrote it
         return unicodedata.normalize("NFC", name.strip().replace("\\", "/"))
 
     positions = defaultdict(list)
-    for i, identity in enumerate(map(plain, ids)):
-        for name in {identity, identity.split("/")[-1]}:
+    for i, video in enumerate(map(plain, ids)):
+        for name in {video, video.split("/")[-1]}:
             positions[name].append(i)
-    with about(path, "name lists with --split TRAIN TEST, or let --dataset videoemotion draw ten splits"):
+    with about(path, "give --split TRAIN TEST, or --dataset videoemotion, which draws ten splits"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    suffix = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
     found, missing = [], []
     for line in filter(None, map(plain, lines)):
         unlabelled = re.sub(r"\s+\d+$", "", line)
-        spellings = [line, unlabelled, suffix.sub("", line), suffix.sub("", unlabelled)]
+        spellings = [line, unlabelled]
+        spellings += [os.path.splitext(s)[0] for s in spellings if s.lower().endswith(SUFFIXES)]
         hits = next((positions[s] for s in spellings if s in positions), [])
         if len(hits) == 1:
             found += hits
@@ -549,7 +546,6 @@ def read_list(path, ids):
 
 
 def read_split(path, data):
-    """The positions of a list's videos; prints and marks what is missing."""
     found, missing = read_list(path, data.ids)
     if missing:
         data.marks.append(f"{len(missing)} MISSING of {Path(path).name}")
@@ -561,12 +557,12 @@ def check_splits(data, splits):
     """Prints each split's counts, refuses a wrong one, marks validation videos that fine-tuning has seen."""
     for number, (train, test) in enumerate(splits):
         for name, part in (("training", train), ("validation", test)):
-            counts = np.bincount([data.labels[i] for i in part], minlength=len(data.classes))
-            listed = ", ".join(f"{c} {n}" for c, n in zip(data.classes, counts))
+            counts = Counter(data.classes[data.labels[i]] for i in part)
+            listed = ", ".join(f"{c} {counts[c]}" for c in data.classes)
             say(f"split {number}  {name} {len(part)}: {listed}")
-            if not counts.all():
+            if len(counts) < len(data.classes):
                 raise InputError(f"split {number}: a class without a {name} video; mend the lists")
-        for i in set(train) & set(test):
+        for i in set(train).intersection(test):
             raise InputError(f"{data.ids[i]}: in both lists of split {number}; mend them")
     tested = {data.ids[i] for _, test in splits for i in test}
     leaked = tested.intersection(data.extraction.get("tuned_on") or [])
@@ -577,12 +573,12 @@ def check_splits(data, splits):
 # ---- Files and checkpoints ----
 
 class InputError(Exception):
-    """What the user can mend: "path: reason; remedy". `command` makes it one line on stderr, exit status 2."""
+    """What the user can mend: "path: reason; remedy"; `command` prints it as one line."""
 
 
 @contextmanager
 def about(path, remedy=""):
-    """Around one call that opens or parses what a user gave: what it raises becomes an InputError."""
+    """Around a call that opens or parses what a user gave: what it raises becomes an InputError."""
     try:
         yield
     except Exception as error:
@@ -593,8 +589,7 @@ def about(path, remedy=""):
 
 @contextmanager
 def whole(path):
-    """A file that becomes `path` if the block succeeds: the old file or the new one, never half.
-    What a killed process left of the same file goes too."""
+    """A file that becomes `path` if the block succeeds; what a killed process left of it goes too."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
@@ -607,8 +602,19 @@ def whole(path):
             shutil.rmtree(left, ignore_errors=True)
 
 
+def write_json(path, content):
+    with about(path), whole(path) as part:
+        part.write_text(json.dumps(content, allow_nan=False))
+
+
+def write_csv(path, rows):
+    with whole(path) as part:
+        with part.open("w", newline="", encoding="utf-8", errors="replace") as file:
+            csv.writer(file).writerows(rows)
+
+
 def say(line, marks=()):
-    """Prints a line and its marks in one piece, so that runs side by side do not mix within it."""
+    """Prints a line and its marks in one piece: runs side by side do not mix within it."""
     print("  ".join([line, *marks]) + "\n", end="", flush=True)
 
 
@@ -625,20 +631,19 @@ def settings_of(number, data, train, test, args):
 
 def load_checkpoint(path):
     """What `run` saved, checked. Raises InputError."""
-    remedy = "no sound checkpoint as training writes; give another --checkpoint or --out"
-    with about(path, remedy):
+    with about(path, "no sound checkpoint of training; give another --checkpoint or --out"):
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load compares no check sums
         saved = torch.load(path, map_location="cpu", weights_only=True)
         lacking = {"settings", "model", "optimizer", "standard", "history"} - saved.keys()
-        sound = not damaged and not lacking and all(v.isfinite().all() for v in saved["model"].values())
-    if not sound:
-        raise InputError(f"{path}: {remedy}")
+        lacking = lacking or {"shape", "classes", "extraction", "marks"} - saved["settings"].keys()
+        if damaged or lacking or not all(v.isfinite().all() for v in saved["model"].values()):
+            raise InputError("damaged")
     return saved
 
 
 def resume(path, settings, epochs):
-    """The checkpoint of the same run, stopped. Raises InputError."""
+    """The checkpoint of the same run, stopped."""
     saved = load_checkpoint(path)
     differs = [k for k in settings if saved["settings"].get(k) != settings[k]]
     if len(saved["history"]) > epochs:
@@ -670,7 +675,7 @@ ROWS = {  # a row's name, the settings that it changes, the paper's accuracies i
 
 
 def train_rows(rows, data, splits, args):
-    """{row: the scores of its runs}. A row that changes something has its own folder in --out."""
+    """{row: the scores of its runs}. A row that changes something has a folder of its own."""
     scores = {}
     for row, changed, _ in rows:
         row_args = argparse.Namespace(**vars(args) | changed)
@@ -684,14 +689,12 @@ def train_rows(rows, data, splits, args):
 
 
 def share(A, m, n):
-    """A, what m of n frames or objects got; what they get if all are alike; the most they can get: G is a tanh, so no
-    weight is more than e^2 times another."""
+    """A, what m of n frames or objects got; what they get if all are alike; the most that G, a tanh, allows."""
     return A, m / n, m * np.e / (m * np.e + (n - m) / np.e)
 
 
 def attention(data, outputs, fusion):
-    """{where: mean `share` over the validation videos, of objects over their frames}. What is uniform by
-    construction is left out: pooling, and the objects of T.Focus alone."""
+    """{where: mean `share` over the validation videos}, but where it is uniform by construction."""
     shares = defaultdict(list)
     for i, out in outputs.items():
         A_T, A_o, inside = out["A_T"], out["A_o"], data.inside[i]
@@ -699,7 +702,7 @@ def attention(data, outputs, fusion):
         if fusion in ("time", "dual"):
             shares["most attended frame"].append(share(A_T.max(), 1, T))
             if inside is not None and inside.any():
-                shares["segments"].append(share(A_T[inside].sum(), inside.sum(), T))
+                shares["segments"].append(share(A_T[inside > 0].sum(), inside.sum(), T))
         if fusion == "dual":
             for A in A_o[(A_o > 0).any(1)]:
                 shares["most attended object"].append(share(A.max(), 1, (A > 0).sum()))
@@ -709,30 +712,19 @@ def attention(data, outputs, fusion):
 
 
 def predictions(data, outputs):
-    """[[video, true, predicted, a probability for each class: means of the voting frames], ...]"""
+    """[[video, true, predicted, each class's probability: mean of the voting frames], ...]"""
     rows = []
     for i, out in outputs.items():
         probabilities = out["P"][-LAST_FRAMES:].mean(0).tolist()
-        rows.append([data.ids[i], data.classes[data.labels[i]], data.classes[out["emotion"]], *probabilities])
+        true = data.classes[data.labels[i]]
+        rows.append([data.ids[i], true, data.classes[out["emotion"]], *probabilities])
     return rows
 
 
 def print_epoch(path, history, epochs, seconds, marks):
-    scores = "  ".join(f"{name} {history[-1][name]:.4f}" for name in ("loss", "training accuracy", "accuracy"))
+    scores = "  ".join(f"{name} {history[-1][name]:.4f}" for name in ("loss", "accuracy"))
     left = seconds * (epochs - len(history))
     say(f"{path}  epoch {len(history):3d}/{epochs}  {scores}  {seconds:.1f} s, {left:.0f} s left", marks)
-
-
-def print_confusion(row, runs, data):
-    """Figure 3: of each class (down), the shares predicted as each (across); then the last run's surest errors."""
-    rows = runs[-1]["predictions"]
-    say(f"{row:<24}  videos" + "".join(f"  {c:>12}" for c in data.classes))
-    for c, shares in zip(data.classes, np.mean([r["confusion"] for r in runs], 0)):
-        videos = sum(true == c for _, true, *_ in rows)
-        say(f"{c:<24}  {videos:>6}" + "".join(f"  {v:>12.2f}" for v in shares), data.marks)
-    wrong = [(max(P), video, true, predicted) for video, true, predicted, *P in rows if true != predicted]
-    for P, video, true, predicted in sorted(wrong, reverse=True)[:5]:
-        say(f"wrong  {video}: {true}, predicted {predicted} {P:.2f}", data.marks)
 
 
 def print_attention(row, runs, data):
@@ -742,53 +734,65 @@ def print_attention(row, runs, data):
         say(f"{row:<24}  {where}: {A:.3f}  {flat}uniform {uniform:.3f}  limit {limit:.3f}", data.marks)
 
 
+def print_confusion(row, runs, data):
+    """Figure 3: of each class (down), the shares predicted as each; then the last run's surest errors."""
+    last = runs[-1]["predictions"]
+    videos = Counter(true for _, true, *_ in last)
+    say(f"{row:<24}  videos" + "".join(f"  {c:>12}" for c in data.classes))
+    for c, shares in zip(data.classes, np.mean([r["confusion"] for r in runs], 0)):
+        say(f"{c:<24}  {videos[c]:>6}" + "".join(f"  {v:>12.2f}" for v in shares), data.marks)
+    wrong = [(max(P), video, true, predicted) for video, true, predicted, *P in last if true != predicted]
+    for P, video, true, predicted in sorted(wrong, reverse=True)[:5]:
+        say(f"wrong  {video}: {true}, predicted {predicted} {P:.2f}", data.marks)
+
+
 def print_table(rows, scores, splits, data, args):
     """Tables 1 and 2: the last epoch's accuracies, and the paper's where they compare."""
-    say("last epoch, accuracy in %: mean ± standard deviation of n runs; to the row above: mean ± standard error")
+    say("accuracy in %, last epoch: mean ± deviation of n runs; to the row above: mean ± standard error")
     dataset, classes, column = DATASETS[args.dataset]
     compares = not data.marks and args.features == FEATURES and len(data.classes) == classes
-    overlap = np.mean([len(test) / len(train) for train, test in splits]) if len(splits) > 1 else 0
+    paper = {row: numbers for row, _, numbers in rows if numbers and compares}
+    overlap = 0
+    if len(splits) > 1:  # corrected after Nadeau and Bengio (2003)
+        overlap = np.mean([len(test) / len(train) for train, test in splits])
     above = None
-    for row, _, paper in rows:
-        if row not in scores:
-            continue
-        accuracy = 100 * np.array([r["accuracy"] for r in scores[row]])
-        n = len(accuracy)
+    for row, runs in scores.items():
+        n, accuracy = len(runs), 100 * np.array([r["accuracy"] for r in runs])
         line = f"{row:<24}  n = {n}  accuracy {accuracy.mean():.2f}"
         if n > 1:
             line += f" ± {accuracy.std(ddof=1):.2f}"
         if above is not None:
             line += f"  to the row above {(accuracy - above).mean():+.2f}"
-            if n > 1:  # drawn splits overlap: corrected after Nadeau and Bengio (2003)
+            if n > 1:
                 line += f" ± {np.sqrt((1 / n + overlap) * (accuracy - above).var(ddof=1)):.2f}"
-        if paper and compares:
-            line += f"  paper, {dataset}: {paper[column]:.2f}"
+        if row in paper:
+            line += f"  paper, {dataset}: {paper[row][column]:.2f}"
         say(line, data.marks)
         above = accuracy
 
 
 def write_results(path, scores, data, args):
     """A table's or a run's .json, one shape for all, and predictions.csv beside it."""
-    with about(path), whole(path) as part:
-        results = dict(args=vars(args), classes=data.classes, marks=data.marks, rows=scores)
-        part.write_text(json.dumps(results, allow_nan=False))
-    with whole(path.with_name("predictions.csv")) as part, part.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["row", "run", "video", "true", "predicted", *data.classes])
-        for row, runs in scores.items():
-            for number, one in enumerate(runs):
-                table.writerows([row, number, *prediction] for prediction in one["predictions"])
+    write_json(path, dict(args=vars(args), classes=data.classes, marks=data.marks, rows=scores))
+    table = [["row", "run", "video", "true", "predicted", *data.classes]]
+    for row, runs in scores.items():
+        for number, one in enumerate(runs):
+            table += [[row, number, *prediction] for prediction in one["predictions"]]
+    write_csv(path.with_name("predictions.csv"), table)
 
 
 # ---- What, when, where: a video's prediction and its picture (figure 4) ----
 
 FLAT = 1.3  # times uniform: less is called nearly uniform
-LEFT, SPAN = 70, 1510  # of the picture's 1600: where the axis of time begins, its length
 
 
 def look(video, saved):
     """What a checkpoint's network sees in a video: its .json. Attention is in times uniform."""
     settings = saved["settings"]
+    made, wanted = (v | dict(options=None) for v in (video["settings"], settings["extraction"]))
+    shape = [v.shape[-1] for v in as_inputs(video, settings["features"], settings["objects"])]
+    if made != wanted and video["settings"] or shape != settings["shape"]:
+        raise InputError("not made as the features of the checkpoint; make it anew")
     model = make_network(settings).eval()
     model.load_state_dict(saved["model"])
     F_A, F_S, F_O = as_inputs(video, settings["features"], settings["objects"], saved["standard"])
@@ -796,13 +800,13 @@ def look(video, saved):
         out = model(F_A[None], F_S[None], F_O[None])
     P, A_T, A_o = out["P"][0], out["A_T"][0], out["A_o"][0]
     T, classes = len(P), settings["classes"]
-    frames = np.asarray(video.get("frames", range(T))).tolist()
-    seconds = np.asarray(video.get("seconds", [])).tolist()  # the features may not say
+    frames = video.get("frames", np.arange(T))
+    seconds = video.get("seconds", np.array([]))
     quarters = torch.arange(T).tensor_split(min(4, T))  # a moment: the most attended frame of each
     return dict(
         emotion=classes[vote(out["P"], [T])[0]], marks=settings["marks"],
         probabilities=dict(zip(classes, P[-LAST_FRAMES:].mean(0).tolist())),
-        frames=frames, seconds=seconds,
+        frames=frames.tolist(), seconds=seconds.tolist(),
         times=[f"{s:.1f} s" for s in seconds] or [f"frame {n}" for n in frames],
         attention=(A_T * T).tolist(),
         P=dict(zip(classes, P.T.tolist())),
@@ -815,12 +819,13 @@ def objects_of(F_o, A_o, settings):
     names = settings["extraction"].get("object_names", [])
     if F_o.shape[-1] != len(names) + 4:  # own features: what the columns are is not known
         return []
-    there = int((A_o > 0).sum())
+    there = int(A_o.count_nonzero())
     objects = []
-    for k in A_o.argsort(descending=True, stable=True)[:there].tolist():
+    for k in A_o.argsort(descending=True, stable=True)[:there]:
         probability, best = F_o[k, :-4].max(0)
-        objects.append(dict(name=names[best], probability=float(probability), attention=float(A_o[k] * there),
-                            box=F_o[k, -4:].tolist()))
+        objects.append(dict(
+            name=names[best], probability=float(probability),
+            attention=float(A_o[k] * there), box=F_o[k, -4:].tolist()))
     return objects
 
 
@@ -836,9 +841,9 @@ def captions(seen, t):
 
 
 def print_look(seen):
-    likely = sorted(seen["probabilities"].items(), key=lambda pair: -pair[1])
-    say(f"{seen['video']}: {seen['emotion']}  (mean of the last frames: "
-        + ", ".join(f"{c} {100 * p:.1f} %" for c, p in likely) + ")", seen["marks"])
+    likely = Counter(seen["probabilities"]).most_common()
+    listed = ", ".join(f"{c} {100 * p:.1f} %" for c, p in likely)
+    say(f"{seen['video']}: {seen['emotion']}  (mean of the last frames: {listed})", seen["marks"])
     if max(seen["attention"]) < FLAT * min(seen["attention"]):
         say("  attention over time is nearly uniform", seen["marks"])
     for t in seen["moments"]:
@@ -850,82 +855,87 @@ def draw(seen, video):
     title = f"{seen['video']}: {seen['emotion']}"
     if seen["true"]:
         title += f" (true: {seen['true']})"
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1600 890" font-family="sans-serif" font-size="21">',
-           '<rect width="1600" height="890" fill="white"/>', text(20, 32, "  ".join([title, *seen["marks"]]))]
+    title = "  ".join([title, *seen["marks"]])
+    parts = [element("rect", width=1600, height=890, fill="white"), text(20, 32, title)]
     for column, t in enumerate(seen["moments"]):
-        svg += draw_moment(20 + 396 * column, t, seen, video)
-    high = max(2, 1.1 * max(seen["attention"]))
+        parts += draw_moment(20 + 396 * column, t, seen, video)
     A_T = {"attention over time, times uniform": seen["attention"]}
-    svg += draw_panel(450, 210, A_T, high, range(int(high) + 1), seen, video)
-    svg += draw_panel(730, 120, seen["P"], 1, (0, 0.5, 1), seen, video)
-    return "\n".join([*svg, "</svg>"])
+    parts += draw_panel(465, 200, A_T, 2 * np.ceil(max(seen["attention"]) / 2), seen, video)
+    parts += draw_panel(735, 115, seen["P"], 1, seen, video)
+    return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox="0 0 1600 890",
+                   font_family="sans-serif", font_size=21)
 
 
-def text(x, y, words, more=""):
+def element(tag, *content, **attributes):
+    """An SVG element; attributes are named with _ for -."""
+    named = "".join(f' {name.replace("_", "-")}="{v}"' for name, v in attributes.items())
+    return f"<{tag}{named}>{''.join(content)}</{tag}>"
+
+
+def text(x, y, words, **attributes):
     words = html.escape("".join(c if c.isprintable() else "?" for c in words))
-    return f'<text x="{x:.3f}" y="{y:.3f}" {more}>{words}</text>'
+    return element("text", words, x=x, y=y, **attributes)
 
 
 def draw_moment(left, t, seen, video):
     """A frame, its boxes, its objects in words. "The saturation degrees of the green boxes indicate the attentions
     of the objects" (figure 4): none at uniform attention, full at four times. Thin: all nearly uniform."""
     aspect = float(video.get("aspect", 16 / 9))
-    objects = seen["objects"][t][:3]
-    thick = 0.015 if objects and objects[0]["attention"] >= FLAT else 0.004
-    yield f'<svg x="{left}" y="50" width="372" height="240" viewBox="0 0 {aspect:.3f} 1" preserveAspectRatio="xMinYMid">'
-    yield f'<rect width="{aspect:.3f}" height="1" fill="dimgrey"/>'
+    lines = captions(seen, t)
+    frame = [element("rect", width=aspect, height=1, fill="dimgrey")]
     if "pictures" in video:
         jpeg = base64.b64encode(video["pictures"][t]).decode()
-        yield f'<image width="{aspect:.3f}" height="1" href="data:image/jpeg;base64,{jpeg}"/>'
+        frame.append(element("image", width=aspect, height=1, href=f"data:image/jpeg;base64,{jpeg}"))
+    objects = seen["objects"][t][:3]
     for rank, o in enumerate(objects, 1):
         x1, y1, x2, y2 = np.multiply(o["box"], [aspect, 1, aspect, 1])
         green = 100 * np.clip((o["attention"] - 1) / 3, 0, 1)
-        yield (f'<rect x="{x1:.3f}" y="{y1:.3f}" width="{x2 - x1:.3f}" height="{y2 - y1:.3f}" fill="none"'
-               f' stroke="hsl(120,{green:.0f}%,60%)" stroke-width="{thick}"/>')
-        yield text(x1 + 0.01, y1 + 0.09, str(rank),
-                   'font-size="0.1" fill="white" stroke="black" stroke-width="0.02" paint-order="stroke"')
-    yield "</svg>"
-    for n, line in enumerate(captions(seen, t)):
+        thick = 0.004 if "objects nearly uniform" in lines else 0.015
+        frame += [
+            element("rect", x=x1, y=y1, width=f"{x2 - x1:.3f}", height=f"{y2 - y1:.3f}", fill="none",
+                    stroke=f"hsl(120,{green:.0f}%,60%)", stroke_width=thick),
+            text(x1 + 0.01, y1 + 0.09, str(rank), font_size=0.1, fill="white",
+                 stroke="black", stroke_width=0.02, paint_order="stroke")]
+    yield element("svg", *frame, x=left, y=50, width=372, height=240, viewBox=f"0 0 {aspect} 1")
+    for n, line in enumerate(lines):
         yield text(left, 316 + 26 * n, line)
 
 
-def draw_panel(top, height, curves, high, levels, seen, video):
+def draw_panel(y, height, curves, high, seen, video):
     """Curves over the frames, {name: T values up to high}: "The blue curve illustrates the attentions along the time
-    dimension". Shaded: annotated segments. Under the pointer: numbers."""
-    T = len(seen["times"])
-    hues = [(220 + 360 * n // len(curves)) % 360 for n in range(len(curves))]
-    yield (f'<svg x="{LEFT}" y="{top}" width="{SPAN}" height="{height}" viewBox="0 0 {T} {high:.3f}"'
-           ' preserveAspectRatio="none" fill="none">')
-    shade = [f"M{t} 0h1v{high:.3f}h-1z" for t in np.flatnonzero(video.get("inside", []))]
-    yield f'<path d="{"".join(shade)}" fill="moccasin"/>'
-    grid = [f"M0 {high - level:.3f}h{T}" for level in levels]
-    grid += [f"M{t + .5} 0v{high:.3f}" for t in seen["moments"]]
-    yield f'<path d="{"".join(grid)}" stroke="lightgrey" vector-effect="non-scaling-stroke"/>'
-    for hue, values in zip(hues, curves.values()):
+    dimension". Shaded: annotated segments. Under the pointer: the numbers."""
+    left, width, T = 70, 1470, len(seen["times"])
+    shade = [f"M{t} 0h1v{high}h-1z" for t in np.flatnonzero(video.get("inside", []))]
+    grid = [f"M{t + .5} 0v{high}" for t in seen["moments"]]
+    for part in (0, 0.5, 1):  # of both axes
+        t = round(part * (T - 1))
+        grid.append(f"M0 {part * high}h{T}")
+        yield text(left - 8, y + 7 + height * (1 - part), f"{part * high:.3g}", text_anchor="end")
+        yield text(left + width * (t + .5) / T, y + height + 22, seen["times"][t], text_anchor="middle")
+    panel = [element("path", d="".join(shade), fill="moccasin"),
+             element("path", d="".join(grid), stroke="lightgrey", vector_effect="non-scaling-stroke")]
+    for n, (name, values) in enumerate(curves.items()):
+        color = f"hsl({(220 + 360 * n // len(curves)) % 360},70%,40%)"
         steps = "h1V".join(f"{high - v:.3f}" for v in values)
-        yield f'<path d="M0 {steps}h1" stroke="hsl({hue},70%,45%)" stroke-width="3" vector-effect="non-scaling-stroke"/>'
+        panel.append(element("path", d=f"M0 {steps}h1", stroke=color, stroke_width=3,
+                             vector_effect="non-scaling-stroke"))
+        yield text(left + width * n / len(curves), y - 10, name, fill=color)
     for stretch in np.array_split(np.arange(T), min(T, 300)):
         t = stretch[0]
         numbers = ", ".join(f"{name} {values[t]:.2f}" for name, values in curves.items())
-        yield f'<rect x="{t}" width="{len(stretch)}" height="{high:.3f}" pointer-events="all">'
-        yield f'<title>{html.escape(seen["times"][t])}: {html.escape(numbers)}</title></rect>'
-    yield "</svg>"
-    for level in levels:
-        yield text(LEFT - 8, top + 7 + height * (1 - level / high), f"{level:g}", 'text-anchor="end"')
-    for t in {0, T // 4, T // 2, 3 * T // 4, T - 1}:
-        yield text(LEFT + SPAN * (t + .5) / T, top + height + 22, seen["times"][t], 'text-anchor="middle"')
-    for n, (hue, name) in enumerate(zip(hues, curves)):
-        yield text(LEFT + SPAN * n / len(curves), top - 10, name, f'fill="hsl({hue},70%,35%)"')
+        title = element("title", html.escape(f"{seen['times'][t]}: {numbers}"))
+        panel.append(element("rect", title, x=t, width=len(stretch), height=high, pointer_events="all"))
+    yield element("svg", *panel, x=left, y=y, width=width, height=height, viewBox=f"0 0 {T} {high}",
+                  preserveAspectRatio="none", fill="none")
 
 
 def show(source, target, video, saved, true=None):
     """Prints a prediction, writes <target>.json and <target>.svg. Returns what `look` says."""
-    seen = dict(video=str(source), true=true) | look(video, saved)
+    seen = dict(video=source, true=true) | look(video, saved)
     print_look(seen)
-    with about(source), whole(f"{target}.json") as part:
-        part.write_text(json.dumps(seen, allow_nan=False))
+    write_json(f"{target}.json", seen)
     with whole(f"{target}.svg") as part:
-        part.write_text(draw(seen, video), encoding="utf-8", errors="replace")
+        part.write_text(draw(seen, video), encoding="utf-8")
     say(f"  written  {target}.svg, {target}.json")
     return seen
 
@@ -935,7 +945,7 @@ def figure4(data, test, checkpoint, args):
     saved = load_checkpoint(checkpoint)
     for label, emotion in enumerate(data.classes):
         i = next(i for i in test if data.labels[i] == label)
-        target = Path(args.out, f"figure4-{data.ids[i].replace('/', '-')}")
+        target = f"{args.out}/figure4-{data.ids[i].replace('/', '-')}"
         show(data.ids[i], target, data.load(i, DIMENSIONS), saved, emotion)
 
 
@@ -944,46 +954,35 @@ def predict(args):
     names = [Path(source).stem for source in args.predict]
     for name in names:
         if names.count(name) > 1 or name in ("results", *ROWS):
-            raise InputError(f"{name}: of two inputs, or of a results file, in {args.out}; rename it")
+            raise InputError(f"{name}: a name of two inputs, or of a results file; rename it")
     saved = load_checkpoint(args.checkpoint)
-    clips = [source for source in args.predict if Path(source).suffix.lower() in SUFFIXES]
+    clips = [source for source in args.predict if source.lower().endswith(SUFFIXES)]
     if clips:
         script = Path(__file__).resolve().with_name("extract_features.py")
-        subprocess.run([sys.executable, script, "--like", args.checkpoint, "--device", args.device, "--", *clips, args.out])
+        options = ["--like", args.checkpoint, "--device", args.device]
+        subprocess.run([sys.executable, script, *options, "--", *clips, args.out])
     rows = [["clip", "emotion", *saved["settings"]["classes"], "most attended"]]
     for source, name in zip(args.predict, names):
+        path = source
+        if source in clips:
+            path = f"{args.out}/{name}.npz"
         try:
-            video = features_of(source, saved["settings"], args)
+            video = read_features(path, saved["settings"]["features"], DIMENSIONS)
+            if source in clips and video.get("video_bytes") != os.path.getsize(source):
+                raise InputError(f"{path} was made from another video; choose another --out")
+            seen = show(source, f"{args.out}/{name}", video, saved)
         except InputError as error:
-            say(f"FAILED   {error}")
+            say(f"FAILED   {source}: {error}")
             continue
-        seen = show(source, Path(args.out, name), video, saved)
         most = seen["times"][np.argmax(seen["attention"])]
         rows.append([source, seen["emotion"], *seen["probabilities"].values(), most])
-    with whole(Path(args.out, "predicted.csv")) as part, part.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    write_csv(f"{args.out}/predicted.csv", rows)
     return int(len(rows) <= len(args.predict))
-
-
-def features_of(source, settings, args):
-    """An .npz's, or those of a video just extracted. Raises InputError."""
-    path = Path(source)
-    if path.suffix.lower() in SUFFIXES:
-        path = Path(args.out, f"{path.stem}.npz")
-    video = read_features(path, settings["features"], DIMENSIONS)
-    widths = [v.shape[-1] for v in as_inputs(video, settings["features"], settings["objects"])]
-    made, wanted = (v | dict(options=None) for v in (video["settings"], settings["extraction"]))
-    if video["settings"] and made != wanted or widths != settings["shape"]:
-        raise InputError(f"{path}: not made as the features of {args.checkpoint}; make it anew")
-    if path != Path(source) and video.get("video_bytes") != os.path.getsize(source):
-        raise InputError(f"{path}: made from another video of that name; choose another --out")
-    return video
 
 
 # ---- Command line ----
 
 def parse_args(argv=None):
-    """Raises InputError for what cannot be obeyed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="dfan.py [options]", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -993,16 +992,14 @@ def parse_args(argv=None):
     add("--raw", action="store_true", help="features not standardised")
     add("--features", default=",".join(FEATURES), help="arrays of the .npz")
     add("--fusion", choices=("dual", "time", "avg", "max"), help="a row of table 2; dual where there are objects")
-    add("--objects", type=int, default=OBJECTS, help="of a frame, at most")
-    add("--beta", type=float, default=BETA, help="of (10)")
     add("--literal", action="store_true", help="the equations as printed (slow)")
-    for name, (default, what) in NOT_IN_THE_PAPER.items():
+    numbers = NOT_IN_THE_PAPER | dict(
+        beta=(BETA, "of (10)"), objects=(OBJECTS, "of a frame, at most"), seed=(0, "of run 0; run i has seed + i"),
+        runs=(1, "seeds of one split; of a planted table 5"), jobs=(1, "runs at once"))
+    for name, (default, what) in numbers.items():
         add(f"--{name}", type=type(default), default=default, help=what)
-    add("--runs", type=int, default=1, help="seeds of one split; of a planted table 5")
-    add("--jobs", type=int, default=1, help="runs at once")
-    add("--seed", type=int, default=0, help="of run 0; run i has seed + i")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--out", default="out", help="folder of checkpoints and results; planted set: out/planted")
+    add("--out", default="out", help="folder of checkpoints and results")
     add("--reproduce", choices=ROWS, help="a table or figure, beside the paper's")
     add("--predict", nargs="+", default=[], help="videos or .npz")
     add("--checkpoint", default="out/run0.pt", help="of --predict")
@@ -1013,6 +1010,7 @@ def parse_args(argv=None):
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     args.features = tuple(args.features.split(","))
     check_args(args, changed)
+    check_lists(args.split)
     if not args.fusion:
         args.fusion = "dual" if "objects" in args.features else "time"
     if args.data and args.dataset == "ekman" and not args.split:
@@ -1021,7 +1019,7 @@ def parse_args(argv=None):
 
 
 def check_args(args, changed):
-    """Refuses what cannot be obeyed. changed: the options that are not as by default. Raises InputError."""
+    """Refuses what cannot be obeyed. changed: the options that are not as by default."""
     obeyed = dict(
         checkpoint=args.predict, dataset=args.data, split=args.data, fusion=not args.reproduce,
         runs=args.dataset == "ekman" and len(args.split) <= 2, literal=args.fusion not in ("max", "avg"),
@@ -1030,31 +1028,39 @@ def check_args(args, changed):
         obeyed = dict.fromkeys(vars(args), False) | dict(predict=True, checkpoint=True, device=True, out=True)
     for name in sorted(changed):
         if not obeyed.get(name, True):
-            raise InputError(f"--{name}: without effect here; leave it out")
+            raise InputError(f"--{name}: has no effect here; leave it out")
     ranges = dict(beta=(0, 1), lr=(1e-30, 1), seed=(0, 2 ** 31))
     for name, value in vars(args).items():
         least, most = ranges.get(name, (1, 10 ** 9))
         if type(value) in (int, float) and not least <= value <= most:
             raise InputError(f"--{name} {value}: from {least} to {most}")
-    names = f"--features {','.join(args.features)}"
-    if args.reproduce == "table1" and args.features != FEATURES or not args.data and not set(args.features) <= set(FEATURES):
-        raise InputError(f"{names}: the planted set and table1 have {', '.join(FEATURES)}")
-    needs_objects = args.fusion == "dual" or args.reproduce in ("figure2", "figure3", "figure4")
-    if needs_objects and "objects" not in args.features:
-        raise InputError(f"{names}: O.Focus needs objects")
+    needed = set()
+    if args.fusion == "dual" or args.reproduce in ("figure2", "figure3", "figure4"):
+        needed = {"objects"}
+    if args.reproduce == "table1":
+        needed = set(FEATURES)
+    if not needed <= set(args.features):
+        raise InputError(f"--features {','.join(args.features)}: {', '.join(sorted(needed))} needed")
+    if not args.data and not set(args.features) <= set(FEATURES):
+        raise InputError(f"--features {','.join(args.features)}: not of the planted set")
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
-        raise InputError(f"--out {args.out}: lies in --data, where folders are classes; choose another")
-    if len(args.split) % 2:
-        raise InputError(f"--split {args.split[-1]}: takes pairs of lists, TRAIN TEST TRAIN TEST ...")
-    for n, path in enumerate(args.split):  # a shell sorts VE_1_Testset.list before VE_1_Trainset.list
-        right, wrong = (("train", "test"), ("test", "train"))[n % 2]
-        if wrong in Path(path).name.lower() and right not in Path(path).name.lower():
-            raise InputError(f"{path}: in the place of a {right} list; --split takes TRAIN TEST TRAIN TEST ...")
+        raise InputError(f"--out {args.out}: lies in --data; choose another")
     with about(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
-    with about(args.out, "choose another --out"):
+    with about(f"--out {args.out}", "choose another"):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
+
+
+def check_lists(paths):
+    """A shell sorts VE_1_Testset.list before VE_1_Trainset.list."""
+    if len(paths) % 2:
+        raise InputError("--split: takes pairs of lists, TRAIN TEST TRAIN TEST ...")
+    for n, path in enumerate(paths):
+        right, wrong = (("train", "test"), ("test", "train"))[n % 2]
+        name = Path(path).name.lower()
+        if wrong in name and right not in name:
+            raise InputError(f"--split {path}: in the place of a {right} list; TRAIN comes before TEST")
 
 
 def main(argv=None):
@@ -1080,26 +1086,27 @@ def main(argv=None):
     checkpoint = runs[0]["checkpoint"]
     if args.reproduce == "figure4":
         figure4(data, splits[0][1], checkpoint, args)
-    following = f"--predict VIDEO --checkpoint {checkpoint}" if args.data else "--reproduce figure4 --runs 1"
-    say(f"written  {path}, predictions.csv; next: python dfan.py {following}")
-    if not args.data and not args.reproduce:
-        reached = "as expected" if runs[0]["accuracy"] > 0.9 else "NOT as expected of the default options: 0.90 or more"
-        say(f"accuracy {runs[0]['accuracy']:.3f}, {reached}", data.marks)
+    say(f"written  {path}, predictions.csv")
+    if args.data:
+        say(f"next: python dfan.py --predict VIDEO --checkpoint {checkpoint}")
+    elif not args.reproduce:
+        reached = "as expected" if runs[0]["accuracy"] > 0.9 else "NOT as expected"
+        say(f"accuracy {runs[0]['accuracy']:.3f}: {reached} with the default options", data.marks)
+        say("next: python dfan.py --reproduce figure4 --runs 1")
     return 0
 
 
 def command(main):
     """Runs a script's main() and ends with its status; what a user can mend is one line on stderr, status 2."""
     script = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # Jupyter's have not
-            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
         sys.exit(main())
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not re.search("MemoryError|out of memory|allocate|excessive memory", repr(error)):
             raise
