@@ -418,7 +418,7 @@ class Features:
         self.ids = [f"{path.parent.name}/{path.stem}" for path in self.paths]
         self.labels = [self.classes.index(path.parent.name) for path in self.paths]
         if len(self.classes) < 2 or not self.paths:
-            raise InputError(f"{folder}: no folder of <class>/<name>.npz of two classes or more")
+            raise InputError(f"{folder}: --data takes a folder of <class>/<name>.npz, two classes or more")
         rows = []
         for path in watched(self.paths, f"reading {folder}"):
             video = read_features(path, names, ["inside"])
@@ -872,9 +872,13 @@ def element(tag, *content, **attributes):
     return f"<{tag}{named}>{''.join(content)}</{tag}>"
 
 
+def letters(words):
+    """A text as XML takes it: no control characters."""
+    return html.escape("".join(c if c.isprintable() else "?" for c in words))
+
+
 def text(x, y, words, **attributes):
-    words = html.escape("".join(c if c.isprintable() else "?" for c in words))
-    return element("text", words, x=x, y=y, **attributes)
+    return element("text", letters(words), x=x, y=y, **attributes)
 
 
 def draw_moment(left, t, seen, video):
@@ -923,7 +927,7 @@ def draw_panel(y, height, curves, high, seen, video):
     for stretch in np.array_split(np.arange(T), min(T, 300)):
         t = stretch[0]
         numbers = ", ".join(f"{name} {values[t]:.2f}" for name, values in curves.items())
-        title = element("title", html.escape(f"{seen['times'][t]}: {numbers}"))
+        title = element("title", letters(f"{seen['times'][t]}: {numbers}"))
         panel.append(element("rect", title, x=t, width=len(stretch), height=high, pointer_events="all"))
     yield element("svg", *panel, x=left, y=y, width=width, height=height, viewBox=f"0 0 {T} {high}",
                   preserveAspectRatio="none", fill="none")
@@ -954,7 +958,8 @@ def predict(args):
     names = [Path(source).stem for source in args.predict]
     for name in names:
         if names.count(name) > 1 or name in ("results", *ROWS):
-            raise InputError(f"{name}: a name of two inputs, or of a results file; rename it")
+            alike = [source for source in args.predict if Path(source).stem == name]
+            raise InputError(f"{', '.join(alike)}: of one name, or of a results file's; rename it")
     saved = load_checkpoint(args.checkpoint)
     clips = [source for source in args.predict if source.lower().endswith(SUFFIXES)]
     if clips:
@@ -1083,12 +1088,11 @@ def main(argv=None):
         print_attention(row, runs, data)
     print_confusion(row, runs, data)
     print_table(rows, scores, splits, data, args)
-    checkpoint = runs[0]["checkpoint"]
     if args.reproduce == "figure4":
-        figure4(data, splits[0][1], checkpoint, args)
+        figure4(data, splits[0][1], runs[0]["checkpoint"], args)
     say(f"written  {path}, predictions.csv")
     if args.data:
-        say(f"next: python dfan.py --predict VIDEO --checkpoint {checkpoint}")
+        say(f"next: python dfan.py --predict VIDEO --checkpoint {runs[0]['checkpoint']}")
     elif not args.reproduce:
         reached = "as expected" if runs[0]["accuracy"] > 0.9 else "NOT as expected"
         say(f"accuracy {runs[0]['accuracy']:.3f}: {reached} with the default options", data.marks)
