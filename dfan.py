@@ -263,7 +263,7 @@ def run(number, data, train, test, args):
         standard = saved["standard"]
         history = saved["history"]
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["optimizer"]["state"]))
     else:
         standard = column_statistics(data, train, args)
         history = []
@@ -286,7 +286,7 @@ def run(number, data, train, test, args):
         history.append(dict(loss=total / len(train)) | scores)
         with about(path, "make room, or choose another --out"), whole(path) as part:
             torch.save(dict(settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            standard=standard, history=history, data=args.data), part)
+                            standard=standard, history=json.dumps(history), data=args.data), part)
         print_epoch(path, history, args.epochs, time.monotonic() - start, data.marks)
     outputs, _ = evaluate(model, data, test, args, standard)  # also where no epoch was left
     return history[-1] | dict(
@@ -382,7 +382,7 @@ def make_network(settings, literal=False):
 
 # ---- Data: feature files, the planted set, split lists ----
 
-# dimensions of an .npz's arrays; of any other name 2, (T,D). All but the objects are for figure 4
+# dimensions of an .npz's arrays; others have 2, (T,D). All but the objects are for figure 4
 DIMENSIONS = dict(objects=3, seconds=1, frames=1, inside=1, pictures=1, aspect=0, video_bytes=0)
 
 
@@ -397,10 +397,12 @@ def read_features(path, names, others=()):
         raise InputError(f"{path}: holds {', '.join(holds)}, not all of {', '.join(names)}")
     T = video[names[0]].shape[:1]
     for name, v in video.items():
-        dimensions = DIMENSIONS.get(name, 2)
+        dimensions = 2
+        if name in others or name == "objects":
+            dimensions = DIMENSIONS[name]
         if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or T == (0,):
             raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), of one T")
-        if name != "pictures" and not (v.dtype.kind in "biuf" and np.isfinite(v).all()):
+        if name != "pictures" and not (v.dtype.kind in "biuf" and (np.abs(v) < 3e38).all()):
             raise InputError(f"{path}: {name} ({v.dtype}) holds NaN, infinity, or no real numbers")
         if name in names:
             video[name] = torch.from_numpy(v.astype(np.float32))
@@ -639,6 +641,7 @@ def load_checkpoint(path):
         lacking = lacking or {"shape", "classes", "extraction", "marks"} - saved["settings"].keys()
         if damaged or lacking or not all(v.isfinite().all() for v in saved["model"].values()):
             raise InputError("damaged")
+        saved["history"] = json.loads(saved["history"])
     return saved
 
 
