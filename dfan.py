@@ -219,8 +219,7 @@ def make_splits(data, args):
         return list(zip(lists[::2], lists[1::2]))
     videos = np.bincount(data.labels, minlength=len(data.classes))
     if videos.min() < 3:
-        fewest = data.classes[videos.argmin()]
-        raise InputError(f"{args.data}: a split needs three videos a class; {fewest} has {videos.min()}")
+        raise InputError(f"{args.data}: needs three videos a class; {data.classes[videos.argmin()]} has {videos.min()}")
     splits = []
     for seed in range(args.seed, args.seed + 10):
         draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)  # 2/3 of each class [R12]
@@ -263,7 +262,8 @@ def run(number, data, train, test, args):
         standard = saved["standard"]
         history = saved["history"]
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["optimizer"]["state"]))
+        state = saved["optimizer"]["state"]
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
     else:
         standard = column_statistics(data, train, args)
         history = []
