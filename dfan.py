@@ -284,7 +284,7 @@ def run(number, data, train, test, args):
             raise InputError(f"{path}: the loss is {total} in epoch {epoch}; lower --lr")
         outputs, scores = evaluate(model, data, test, args, standard)
         history.append(dict(loss=total / len(train)) | scores)
-        with about(path, "make room, or choose another --out"), whole(path) as part:
+        with about(path), whole(path) as part:
             torch.save(dict(settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(),
                             standard=standard, history=json.dumps(history), data=args.data), part)
         print_epoch(path, history, args.epochs, time.monotonic() - start, data.marks)
