@@ -195,12 +195,12 @@ def network_input(name, images, device):
 
 def detect(model, frames):
     """ "Each box's feature is the combination of the predicted probability and the encoded coordinates." (3.1)
-    A Faster R-CNN's own steps, keeping each box's whole row of probabilities. frames: list of (3,H,W) in [0, 1].
-    Returns (N,K,84): 80 probabilities and the corners / (W, H) of the K best boxes."""
+    A Faster R-CNN's own steps, keeping each box's row of probabilities: list of (3,H,W) in [0, 1] -> (N,K,84)."""
     images, _ = model.transform(frames)
     maps = model.backbone(images.tensors)
     proposals, _ = model.rpn(images, maps)
     heads = model.roi_heads
+    heads.box_roi_pool.scales = None    # else the first video's, whatever its shape
     pooled = heads.box_roi_pool(maps, proposals, images.image_sizes)
     logits, offsets = heads.box_predictor(heads.box_head(pooled))
     per_image = [len(p) for p in proposals]
