@@ -49,9 +49,8 @@ from dfan import SUFFIXES, InputError, about, command, load_checkpoint, read_lis
 EVERY, K = 8, 16        # "one frame [...] at every eight frames" (4.1), "K = 16" (3.2.1)
 PAIRS, BOUND = 5, 20    # TSN's flow input: five fields, clipped to +-20 pixels
 TRIES = 20_000          # failures in a row that end a video: 0.2 s
-RANK = int(os.environ.get("RANK", 0))    # torchrun's
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL = int(os.environ.get("LOCAL_RANK", 0))
+RANK, WORLD, LOCAL = (int(os.environ.get(name, n)) for name, n in (    # torchrun's
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 OPTIONS = dict(every=int, detector=str, no_flow=bool, random_weights=bool, seed=int, tuned=str | None)
 
 
@@ -245,9 +244,9 @@ def find_weights(network, folder):
     urls = URLS[network]
     name = urls[0].rsplit("/", 1)[1]
     prefix = PLACES_SHA256 if network == "scene" else re.search(r"-(\w+)\.pth", name)[1]
-    path = Path(folder or "", name)
-    if not path.is_file():
-        path = Path(torch.hub.get_dir(), "checkpoints", name)
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if folder and Path(folder, name).is_file():
+        path = Path(folder, name)
     for url in urls if not path.is_file() else []:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -504,10 +503,10 @@ def parse_args(argv=None):
     either("--random-weights", action="store_true", help="a trial; means nothing")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--finetune", metavar="TRAINLIST", help="first tune on it (4.1)")
-    either("--tuned", metavar="DIR", type=os.path.abspath, help="folder of tuned networks")
-    add("--like", metavar="CHECKPOINT", help="as a network's features were made")
+    either("--tuned", metavar="DIR", type=os.path.abspath, help="of tuned networks")
+    add("--like", metavar="CHECKPOINT", help="options as of its features")
     add("--seed", type=int, default=0, help="of random weights and --finetune")
-    add("--overwrite", action="store_true", help="extract finished videos again")
+    add("--overwrite", action="store_true", help="make finished ones again")
     add("--batch", type=int, default=16, help="frames in a batch (16)")
     add("--device", default="cpu", help="cpu or cuda")
     if torch.cuda.is_available():
@@ -517,7 +516,7 @@ def parse_args(argv=None):
         saved = load_checkpoint(args.like)
         options = saved["settings"]["extraction"].get("options", {})
         for name, kind in OPTIONS.items():    # typed
-            if not isinstance(options.get(name), kind) or options["detector"] not in DETECTORS:
+            if not isinstance(options.get(name), kind) or str(options.get("detector")) not in DETECTORS:
                 raise InputError(f"{args.like}: of other features; give an .npz")
             setattr(args, name, options[name])
         if args.tuned and not os.path.isdir(args.tuned):    # moved, with the features
@@ -530,8 +529,8 @@ def parse_args(argv=None):
             raise InputError(f"{folder}: no such folder")
     if args.every < 1 or args.batch < 1 or not 0 <= args.seed < 2 ** 63:
         parser.error("--every and --batch are 1 or more, --seed 0 to 2^63 - 1")
-    if args.seed and not (args.random_weights or args.finetune) or args.finetune and (single or WORLD > 1):
-        parser.error("--seed: with random weights or --finetune; --finetune: a folder, no torchrun")
+    if args.seed and not (args.random_weights or args.finetune or args.like) or args.finetune and (single or WORLD > 1):
+        parser.error("--seed: of random weights or --finetune; --finetune: a folder, no torchrun")
     args.tuned = os.path.abspath(args.feats) if args.finetune else args.tuned
     with about(f"--device {args.device}", "cpu or cuda"):
         torch.zeros(1, device=args.device)

@@ -908,14 +908,14 @@ def test_detector_rows_are_the_models_own_detections():
         model.roi_heads.box_roi_pool.scales = None  # as in a new model
         extract.detect(model, [torch.rand(3, 20, 2000)])  # another video, first
         F_O = extract.detect(model, frames)
-    names = [extract.COCO_91[i] for i in extract.COCO_80]
     for F_o, own in zip(F_O, theirs):
         n = min(16, len(own["scores"]))
+        assert n > 0
         assert (F_o[n:] == 0).all()
         assert torch.allclose(F_o[:n, -4:], own["boxes"][:n] / torch.tensor([160, 120, 160, 120]), atol=1e-5)
         for row, score, label in zip(F_o, own["scores"], own["labels"]):
-            name = extract.COCO_91[label]
-            assert name == "N/A" or row[names.index(name)] == score
+            if label in extract.COCO_80:
+                assert row[extract.COCO_80.index(label)] == score
 
 
 def as_mmaction2(key):
@@ -937,7 +937,7 @@ def publish(network, state, patch):
     return path
 
 
-def test_published_layouts_load_strictly_and_features_are_theirs(monkeypatch):
+def test_published_layouts_load_and_features_are_theirs(monkeypatch):
     vision = torchvision.models
     rgb, flow = vision.resnet50(num_classes=400), vision.resnet50(num_classes=400)
     flow.conv1 = nn.Conv2d(10, 64, 7, stride=2, padding=3, bias=False)
@@ -1006,7 +1006,7 @@ def test_two_processes_share_a_folder(extracted):
     assert not list(folder.glob("f/**/.part-*"))
 
 
-def test_a_video_is_named_before_the_work_and_does_not_end_it(capsys):
+def test_a_failed_video_is_named_and_ends_nothing(capsys):
     write_video("v/joy/a.avi", 2, 2, 1400, "MJPG")  # a network's RuntimeError
     write_video("v/joy/b.mp4", 8)
     assert run_on("v f --no-flow") == 1
@@ -1091,7 +1091,7 @@ def test_reading_ahead_keeps_order_and_bytes(quick, monkeypatch):
     assert Path("many/a.npz").read_bytes() == Path("one/a.npz").read_bytes()
 
 
-def test_finished_videos_are_kept_and_damaged_ones_made_again(quick, capsys):
+def test_finished_are_kept_and_damaged_made_again(quick, capsys):
     paths = [Path(f"f/joy/{name}.npz") for name in "abc"]
     for path in paths:
         write_video(f"v/joy/{path.stem}.mp4", 8)
@@ -1151,11 +1151,11 @@ def test_odd_files(quick, capsys):
     assert re.search("av1.mp4: no frame decodes .AV1.*ffmpeg", out)
 
 
-def test_folders_and_files_that_are_no_videos(quick, capsys, monkeypatch):
+def test_what_is_no_video(quick, capsys, monkeypatch):
     new = ".mts .m2ts .ogv .vob .asf .gif .3g2 .f4v .divx .mxf .m2v .MP4".split()
     touch(*(f"v/joy/{i}{suffix}" for i, suffix in enumerate(new)))
     touch("v/joy/deep/b.mp4", "v/joy/x.docx", "v/._a.mp4", "elsewhere/c.mkv", "v/old.txt/x.docx")
-    touch("v/lost+found/a.mp4", "v/@eaDir/a.mp4", "v/.hidden/a.mp4", "v/joy/y.mp4/x.docx")
+    touch("v/lost+found/a.mp4", "v/@eaDir/a.mp4", "v/.x/a.mp4", "v/joy/y.mp4/x.docx")
     os.mkfifo("v/pipe.list")
     Path("v/linked").symlink_to("../elsewhere")
     Path("v/joy/up").symlink_to("..")  # loops of links
@@ -1166,10 +1166,9 @@ def test_folders_and_files_that_are_no_videos(quick, capsys, monkeypatch):
     assert "no video 3 .docx, 1 .list" in out
     assert f"classes  joy {len(new) + 2}, linked 2" in out
     assert set(re.findall(r"\n\[.*\] (\w+/[a-z])", out)) == {"joy/b", "joy/c", "linked/b", "linked/c"}
-    closed = PermissionError(13, "Permission denied", "v/closed")
-    monkeypatch.setattr(os, "scandir", Mock(side_effect=closed))
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "denied", "v/closed")))
     assert run_on("v f") == 1
-    assert "FAILED   v/closed: Permission denied" in capsys.readouterr().out
+    assert "FAILED   v/closed: denied" in capsys.readouterr().out
 
 
 def test_what_is_stale_is_named(quick, capsys):
@@ -1205,7 +1204,7 @@ def decoder(fps, *frames):
     return Mock(return_value=video)
 
 
-def test_pictures_of_one_pixel_are_damage_and_a_cover_is_no_film(monkeypatch):
+def test_one_pixel_is_damage_and_a_cover_no_film(monkeypatch):
     touch("a.mp4")
     frame, pixel = np.zeros((48, 64, 3), np.uint8), np.zeros((1, 1, 3), np.uint8)
     monkeypatch.setattr(cv2, "VideoCapture", decoder(25., frame, pixel, pixel, frame))
@@ -1258,7 +1257,8 @@ def test_from_finetuning_to_prediction(monkeypatch):
     f = dict(np.load("f/joy/3.npz"))
     assert json.loads(str(f["settings"]))["tuned_on"] == ids[:2]
     network = extract.build(["scene"], dict(scene="f/tuned_scene.pt"), 0, "cpu")["scene"]
-    assert network.fc.bias.abs().sum() != extract.build(["scene"], {}, 0, "cpu")["scene"].fc.bias.abs().sum()
+    untuned = extract.build(["scene"], {}, 0, "cpu")["scene"]
+    assert not torch.equal(network.fc.bias, untuned.fc.bias)
     with torch.inference_mode():
         scene = network(normalised(samples_of("v/joy/3.mp4"), "scene")).numpy()
     assert f["scene"] == pytest.approx(scene, rel=2e-3, abs=2e-3)
@@ -1301,6 +1301,7 @@ def readings(names):
 
 def speed(B=16, T=400, rounds=5):
     """CPU seconds of a forward and a backward pass: medians of interleaved rounds, after one that does not count."""
+    torch.set_num_threads(1)  # those of several threads count their waiting
     sizes = 2048, 365, 84, 256, 6
     F = torch.randn(B, T, 2048), torch.randn(B, T, 365), torch.rand(B, T, 16, 84)
     lengths = torch.full((B,), T)
@@ -1320,7 +1321,7 @@ def speed(B=16, T=400, rounds=5):
             dfan.loss_fn(net(*F, lengths)["logits"], torch.arange(B) % 6, lengths).backward()
             seconds[name].append(time.process_time() - start)
     median = {name: statistics.median(v[1:]) for name, v in seconds.items()}
-    print(f"B={B}, T={T}, H=256, K=16, {torch.get_num_threads()} threads, CPU seconds: {median}")
+    print(f"B={B}, T={T}, H=256, K=16, {torch.get_num_threads()} thread, CPU seconds: {median}")
     for one, other in (("Fast", "nn.LSTM"), ("literal", "Fast"), ("Fast", "3ea36d5")):
         if other in median:
             print(f"{one} / {other} {median[one] / median[other]:.2f}")
@@ -1341,7 +1342,8 @@ def wall(function, *args):
 
 def extraction(seconds=4):
     """Reading ahead, proposals, a minute of video (640 x 360, 30 frames a second); random weights."""
-    path, patch = Path(tempfile.mkdtemp(), "v.mp4"), pytest.MonkeyPatch()
+    folder, patch = tempfile.TemporaryDirectory(), pytest.MonkeyPatch()
+    path = Path(folder.name, "v.mp4")
     write_video(path, 30 * seconds, 360, 640)
     samples = samples_of(path)
 
@@ -1356,18 +1358,17 @@ def extraction(seconds=4):
         return models, (path, models, {}, args)
 
     models, call = prepared(DETECTOR, "")
-    times = {ThreadPoolExecutor: [], InTurn: []}
+    times = {InTurn: [], ThreadPoolExecutor: []}
     for executor in list(times) * 3:
         patch.setattr(extract, "ThreadPoolExecutor", executor)
         times[executor].append(wall(extract.extract, *call))
-    ahead, in_turn = map(statistics.median, times.values())
+    in_turn, ahead = map(statistics.median, times.values())
     print(f"reading ahead {ahead:.2f} s, in turn {in_turn:.2f} s, ratio {ahead / in_turn:.3f}")
 
     def asleep(batch, *_):
         time.sleep(0.03 * len(batch))
         return dict(action=np.zeros((len(batch), 1)))
 
-    patch.undo()
     patch.setattr(extract, "features_of", asleep)
     print(f"networks that sleep {wall(networks, models):.2f} s, decoding {wall(samples_of, path):.2f} s: "
           f"together {wall(extract.extract, *call):.2f} s")
@@ -1375,12 +1376,14 @@ def extraction(seconds=4):
     frames = [torch.from_numpy(s["frame"]).permute(2, 0, 1) / 255 for s in samples[:2]]
     for detector, proposals in extract.PROPOSALS.items():
         model = extract.build([detector], {}, 0, "cpu")["objects"]
-        for model.rpn._post_nms_top_n["testing"] in (1000, proposals):
-            start = time.process_time()
+        for n in (1000, proposals):
+            model.rpn._post_nms_top_n["testing"] = n
             with torch.inference_mode():
+                extract.detect(model, frames)  # does not count
+                start = time.process_time()
                 extract.detect(model, frames)
-            print(f"{detector}, {model.rpn.post_nms_top_n()} proposals: "
-                  f"{(time.process_time() - start) / 2:.2f} CPU seconds a frame")
+            spent = (time.process_time() - start) / 2
+            print(f"{detector}, {n} proposals: {spent:.2f} CPU seconds a frame")
         for flow in ("", "--no-flow"):
             models, call = prepared(detector, flow)
             both, alone = wall(extract.extract, *call), wall(networks, models)
