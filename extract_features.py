@@ -506,7 +506,7 @@ def parse_args(argv=None):
     either("--tuned", metavar="DIR", type=os.path.abspath, help="of tuned networks")
     add("--like", metavar="CHECKPOINT", help="options as of its features")
     add("--seed", type=int, default=0, help="of random weights and --finetune")
-    add("--overwrite", action="store_true", help="make finished ones again")
+    add("--overwrite", action="store_true", help="make all again")
     add("--batch", type=int, default=16, help="frames in a batch (16)")
     add("--device", default="cpu", help="cpu or cuda")
     if torch.cuda.is_available():
