@@ -401,7 +401,9 @@ def read_features(path, names, others=()):
         raise InputError(f"{path}: holds {', '.join(holds)}, not all of {', '.join(names)}")
     T = video[names[0]].shape[:1]
     for name, v in video.items():
-        dimensions = 2 if name in names and name != "objects" else DIMENSIONS[name]
+        dimensions = DIMENSIONS.get(name, 2)
+        if name in names and name != "objects":
+            dimensions = 2
         if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or T == (0,):
             raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), of one T")
         if name != "pictures" and not (v.dtype.kind in "biuf" and float(np.abs(v).max(initial=0)) < 3e38):
@@ -563,8 +565,9 @@ def check_splits(data, splits):
             counts = Counter(data.classes[data.labels[i]] for i in part)
             listed = ", ".join(f"{c} {counts[c]}" for c in data.classes)
             say(f"split {number}  {name} {len(part)}: {listed}")
-            if len(counts) < len(data.classes):
-                raise InputError(f"split {number}: a class without a {name} video; mend the lists")
+            lacking = set(data.classes) - set(counts)
+            if lacking:
+                raise InputError(f"split {number}: no {name} video of {min(lacking)}; mend the lists")
         for i in set(train).intersection(test):
             raise InputError(f"{data.ids[i]}: in both lists of split {number}; mend them")
     tested = {data.ids[i] for _, test in splits for i in test}
@@ -680,14 +683,14 @@ ROWS = {  # a row's name, the settings that it changes, the paper's accuracies i
 
 
 def train_rows(rows, data, splits, args):
-    """{row: the scores of its runs}. A row that changes something has a folder of its own."""
+    """{row: the scores of its runs}. The rows of a table have folders of their own."""
     scores = {}
     for row, changed, _ in rows:
         row_args = argparse.Namespace(**vars(args) | changed)
         if row_args.fusion == "dual" and "objects" not in row_args.features:
             say(f"left out  {row}: no objects in --features")
             continue
-        if row_args != args:
+        if row_args != args or len(rows) > 1:
             row_args.out = f"{args.out}/{row.replace(' ', '')}"
         scores[row] = protocol(data, splits, row_args)
     return scores
@@ -962,8 +965,8 @@ def predict(args):
     """Shows each video or .npz, goes on past a bad one, writes predicted.csv. Returns the exit status."""
     names = [Path(source).stem for source in args.predict]
     for name in names:
-        if names.count(name) > 1 or name in ("results", *ROWS):
-            alike = [source for source in args.predict if Path(source).stem == name]
+        alike = [source for source in args.predict if Path(source).stem == name]
+        if len(alike) > 1 or name in ("results", *ROWS):
             raise InputError(f"{', '.join(alike)}: of one name, or of a results file's; rename it")
     saved = load_checkpoint(args.checkpoint)
     clips = [source for source in args.predict if source.lower().endswith(SUFFIXES)]
@@ -971,12 +974,12 @@ def predict(args):
         script = Path(__file__).resolve().with_name("extract_features.py")
         options = ["--like", args.checkpoint, "--device", args.device]
         subprocess.run([sys.executable, script, *options, "--", *clips, args.out])
-    rows = [["clip", "emotion", *saved["settings"]["classes"], "most attended"]]
+    rows = [["clip", "emotion", *saved["settings"]["classes"], "most attended second", "marks"]]
     for source, name in zip(args.predict, names):
-        path = source
-        if source in clips:
-            path = f"{args.out}/{name}.npz"
+        path = f"{args.out}/{name}.npz" if source in clips else source
         try:
+            if source in clips and not os.path.exists(path):
+                raise InputError("no features, see above")
             video = read_features(path, saved["settings"]["features"], DIMENSIONS)
             if source in clips and video.get("video_bytes") != os.path.getsize(source):
                 raise InputError(f"{path} was made from another video; choose another --out")
@@ -984,8 +987,8 @@ def predict(args):
         except (InputError, OSError) as error:
             say(f"FAILED   {source}: {error}")
             continue
-        most = seen["times"][np.argmax(seen["attention"])]
-        rows.append([source, seen["emotion"], *seen["probabilities"].values(), most])
+        most = (seen["seconds"] or seen["frames"])[np.argmax(seen["attention"])]
+        rows.append([source, seen["emotion"], *seen["probabilities"].values(), most, " ".join(seen["marks"])])
     write_csv(f"{args.out}/predicted.csv", rows)
     return int(len(rows) - 1 < len(args.predict))  # 1 if one failed
 
@@ -1098,7 +1101,7 @@ def main(argv=None):
         figure4(data, splits[0][1], runs[0]["checkpoint"], args)
     say(f"written  {path}, predictions.csv")
     if args.data:
-        say(f"next: python dfan.py --predict VIDEO --checkpoint {runs[0]['checkpoint']}")
+        say(f"next: python dfan.py --predict CLIP --checkpoint {runs[0]['checkpoint']}")
     elif not args.reproduce:
         reached = "as expected" if runs[0]["accuracy"] > 0.9 else "below 0.900, which the default options reach"
         say(f"accuracy {runs[0]['accuracy']:.3f}: {reached}", data.marks)
