@@ -44,6 +44,7 @@ import tempfile
 import time
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -284,9 +285,8 @@ def run(number, data, train, test, args):
             raise InputError(f"{path}: the loss is {total} in epoch {epoch}; lower --lr")
         outputs, scores = evaluate(model, data, test, args, standard)
         history.append(dict(loss=total / len(train)) | scores)
-        with about(path), whole(path) as part:
-            torch.save(dict(settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            standard=standard, history=json.dumps(history), data=args.data), part)
+        save_checkpoint(path, settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        standard=standard, history=json.dumps(history), data=args.data)
         print_epoch(path, history, args.epochs, time.monotonic() - start, data.marks)
     outputs, _ = evaluate(model, data, test, args, standard)  # also where no epoch was left
     return history[-1] | dict(
@@ -567,7 +567,7 @@ def check_splits(data, splits):
             say(f"split {number}  {name} {len(part)}: {listed}")
             lacking = set(data.classes) - set(counts)
             if lacking:
-                raise InputError(f"split {number}: no {name} video of {min(lacking)}; mend the lists")
+                raise InputError(f"split {number}: no {name} video of {min(lacking)}; mend it")
         for i in set(train).intersection(test):
             raise InputError(f"{data.ids[i]}: in both lists of split {number}; mend them")
     tested = {data.ids[i] for _, test in splits for i in test}
@@ -599,14 +599,14 @@ def whole(path):
     one is writing at this moment: the first to end wins)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+    prefix = f".part-{zlib.crc32(os.fsencode(path.name))}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
         part = Path(folder, path.name)
         part.touch()  # others see that somebody works on it
         yield part
         part.replace(path)
-    for left in path.parent.glob(".part-*"):
-        if (left / path.name).exists():
-            shutil.rmtree(left, ignore_errors=True)
+    for left in path.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path, content):
@@ -636,6 +636,12 @@ def settings_of(number, data, train, test, args):
         feature_files=[data.check_sums[i] for i in (*train, *test)])
 
 
+def save_checkpoint(path, **content):
+    with about(path), whole(path) as part:
+        with part.open("wb") as file:
+            torch.save(content, file)
+
+
 def load_checkpoint(path):
     """What `run` saved, checked. Raises InputError."""
     with about(path, "no sound checkpoint of training; give another --checkpoint or --out"):
@@ -643,9 +649,10 @@ def load_checkpoint(path):
             damaged = file.testzip()  # torch.load compares no check sums
         saved = torch.load(path, map_location="cpu", weights_only=True)
         lacking = {"settings", "model", "optimizer", "standard", "history"} - saved.keys()
-        lacking = lacking or {"shape", "classes", "extraction", "marks"} - saved["settings"].keys()
+        lacking |= {"features", "objects", "extraction", "marks"} - saved["settings"].keys()
         if damaged or lacking or not all(v.isfinite().all() for v in saved["model"].values()):
             raise InputError("damaged")
+        make_network(saved["settings"]).load_state_dict(saved["model"])  # all its weights are there
         saved["history"] = json.loads(saved["history"])
     return saved
 
@@ -791,7 +798,7 @@ def write_results(path, scores, data, args):
 
 # ---- What, when, where: a video's prediction and its picture (figure 4) ----
 
-FLAT = 1.3  # less is "nearly uniform": of frames the most / the least, of objects the most / uniform
+FLAT = 1.3  # less is "nearly uniform": of frames the most / the least, of objects most / uniform
 
 
 def look(video, saved):
@@ -825,7 +832,7 @@ def look(video, saved):
 def objects_of(F_o, A_o, settings):
     """A frame's objects, the most attended first. F_o (K,D): probabilities of object_names, x1, y1, x2, y2."""
     names = settings["extraction"].get("object_names", [])
-    if not names or F_o.shape[-1] != len(names) + 4:  # own features: what the columns are is not known
+    if not names or F_o.shape[-1] != len(names) + 4:  # own features, of unknown columns
         return []
     there = int(A_o.count_nonzero())
     objects = []
@@ -897,7 +904,8 @@ def draw_moment(left, t, seen, video):
     frame = [element("rect", width=aspect, height=1, fill="dimgrey")]
     if "pictures" in video:
         jpeg = base64.b64encode(video["pictures"][t]).decode()
-        frame.append(element("image", width=aspect, height=1, href=f"data:image/jpeg;base64,{jpeg}"))
+        address = f"data:image/jpeg;base64,{jpeg}"
+        frame.append(element("image", width=aspect, height=1, href=address))
     objects = seen["objects"][t][:3]
     for rank, o in enumerate(objects, 1):
         x1, y1, x2, y2 = np.multiply(o["box"], [aspect, 1, aspect, 1])
@@ -1043,7 +1051,7 @@ def check_args(args, changed):
     for name in sorted(changed):
         if not obeyed.get(name, True):
             raise InputError(f"--{name}: has no effect here; leave it out")
-    ranges = dict(beta=(0, 1), lr=(1e-30, 1), seed=(0, 2 ** 31))
+    ranges = dict(beta=(0, 1), lr=(1e-30, 1), seed=(0, 2 ** 31), jobs=(1, 1000), hidden=(1, 10 ** 5))
     for name, value in vars(args).items():
         least, most = ranges.get(name, (1, 10 ** 9))
         if type(value) in (int, float) and not least <= value <= most:
@@ -1054,7 +1062,7 @@ def check_args(args, changed):
     if args.reproduce == "table1":
         needed = set(FEATURES)
     if not needed <= set(args.features):
-        raise InputError(f"--features {','.join(args.features)}: {', '.join(sorted(needed))} needed")
+        raise InputError(f"--features {','.join(args.features)}: it needs {', '.join(needed)}")
     if not args.data and not set(args.features) <= set(FEATURES):
         raise InputError(f"--features {','.join(args.features)}: not of the planted set")
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
@@ -1073,8 +1081,8 @@ def check_lists(paths):
     for n, path in enumerate(paths):
         right, wrong = (("train", "test"), ("test", "train"))[n % 2]
         name = Path(path).name.lower()
-        if wrong in name and right not in name:
-            raise InputError(f"--split {path}: in the place of a {right} list; TRAIN comes before TEST")
+        if re.search(f"(?<![a-z]){wrong}", name) and right not in name:
+            raise InputError(f"--split {path}: in the place of a {right} list; TRAIN goes before TEST")
 
 
 def main(argv=None):

@@ -22,6 +22,7 @@ import threading
 import time
 import unicodedata
 import xml.etree.ElementTree as ET
+import zlib
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -536,7 +537,7 @@ def test_lists_that_do_not_fit(capsys):
     training.write_text("anger/anger_0\njoy/joy_0\njoy/joy_1\n")
     assert refusal(train, command).startswith("joy/joy_1: in both lists")
     training.write_text("videos/x/y.mp4 1\nanger/anger_0\n")
-    assert "split 0: a class without a training video" in refusal(train, command)
+    assert "split 0: no training video of joy" in refusal(train, command)
     assert "missing  f/trainlist01.txt: ['videos/x/y.mp4']" in capsys.readouterr().out
 
 
@@ -611,8 +612,8 @@ def test_killed_training_goes_on_to_the_same_results():
     undisturbed = train(*argv)
     results = Path("o/results.json").read_bytes()
     shutil.rmtree("o")
-    Path("o/.part-before").mkdir(parents=True)
-    Path("o/.part-before/run0.pt").touch()  # what another kill left
+    left = Path(f"o/.part-{zlib.crc32(b'run0.pt')}-before")  # of another kill
+    left.mkdir(parents=True)
     victim = subprocess.Popen([sys.executable, HERE / "dfan.py", *argv], stdout=subprocess.DEVNULL)
     while not Path("o/run0.pt").exists():
         assert victim.poll() is None
