@@ -1056,13 +1056,11 @@ def check_args(args, changed):
         least, most = ranges.get(name, (1, 10 ** 9))
         if type(value) in (int, float) and not least <= value <= most:
             raise InputError(f"--{name} {value}: from {least} to {most}")
-    needed = set()
-    if args.fusion == "dual" or args.reproduce in ("figure2", "figure3", "figure4"):
-        needed = {"objects"}
-    if args.reproduce == "table1":
-        needed = set(FEATURES)
-    if not needed <= set(args.features):
-        raise InputError(f"--features {','.join(args.features)}: it needs {', '.join(needed)}")
+    needs_objects = args.fusion == "dual" or args.reproduce in ("figure2", "figure3", "figure4")
+    if args.reproduce == "table1" and set(args.features) != set(FEATURES):
+        raise InputError(f"--reproduce table1: is of --features {','.join(FEATURES)}, no others")
+    if needs_objects and "objects" not in args.features:
+        raise InputError(f"--features {','.join(args.features)}: it needs objects")
     if not args.data and not set(args.features) <= set(FEATURES):
         raise InputError(f"--features {','.join(args.features)}: not of the planted set")
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
