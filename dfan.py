@@ -1,8 +1,8 @@
 """Dual Focus Attention Network for Video Emotion Recognition (Qiu, He, Wang; ICME 2020), whole, in one file.
 
-    python dfan.py                                        # no data: a built-in planted set, about a minute
-    python dfan.py --data feats/ --dataset ekman          # one fixed split; videoemotion: ten drawn ones (4.1)
-    python dfan.py --predict clip.mp4                     # your own video: which emotion, when, where
+    python dfan.py                                  # no data: a built-in planted set, about a minute
+    python dfan.py --data feats/ --dataset ekman    # one given split; videoemotion: ten drawn ones (4.1)
+    python dfan.py --predict clip.mp4               # your own video: which emotion, when, where
 
 feats/ is what extract_features.py writes. Figure 1 of the paper, for frame t of a video:
 
@@ -42,7 +42,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import unicodedata
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -57,15 +56,15 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-BETA = 0.6                                  # "we empirically set beta = 0.6" (3.2.2)
-OBJECTS = 16                                # "In our implementation, we set K = 16." (3.2.1)
-LAST_FRAMES = 10                            # "we count the predictions of the last ten frames" (4.1)
-FEATURES = ("action", "scene", "objects")   # F_A, F_S, F_O: "three kinds of features" (3.1)
+BETA = 0.6          # "we empirically set beta = 0.6" (3.2.2)
+OBJECTS = 16        # "In our implementation, we set K = 16." (3.2.1)
+LAST_FRAMES = 10    # "we count the predictions of the last ten frames" (4.1)
+FEATURES = ("action", "scene", "objects")    # F_A, F_S, F_O: "three kinds of features" (3.1)
 NOT_IN_THE_PAPER = dict(                    # ours, each a flag; PLANTED: on the built-in set, which is small
     hidden=(256, "units H of both LSTMs"), lr=(1e-3, "learning rate of Adam"),
     batch=(16, "videos in a batch"), epochs=(30, "passes over the training videos"))
 PLANTED = dict(hidden=32, lr=5e-3, epochs=5, out="out/planted")
-CLIP = 1.0                                  # ours too: the most norm of a gradient
+CLIP = 1.0          # ours too: the most norm of a gradient
 
 
 # ---- 3.2 Dual Focus Attention Network ----
@@ -218,13 +217,11 @@ def make_splits(data, args):
     if args.split:
         lists = [read_split(path, data) for path in args.split]
         return list(zip(lists[::2], lists[1::2]))
-    videos = np.bincount(data.labels, minlength=len(data.classes))
-    if videos.min() < 3:
-        raise InputError(f"{args.data}: needs three videos a class; {data.classes[videos.argmin()]} has {videos.min()}")
     splits = []
     for seed in range(args.seed, args.seed + 10):
         draw = StratifiedShuffleSplit(1, train_size=2 / 3, random_state=seed)  # 2/3 of each class [R12]
-        splits.append(next(draw.split(data.ids, data.labels)))
+        with about(args.data, "a split needs three videos of each class"):
+            splits.append(next(draw.split(data.ids, data.labels)))
     return splits
 
 
@@ -251,23 +248,21 @@ def batches(data, videos, args, standard, rng=None):
 
 
 def run(number, data, train, test, args):
-    """Trains and evaluates a split, seed --seed + number; goes on where it stopped. Returns what the results file
-    says: the scores of the LAST epoch, of all epochs, attention, predictions."""
+    """Trains and evaluates a split, seed --seed + number, from where it stopped. The accuracy is of the LAST epoch."""
     path = Path(args.out, f"run{number}.pt")
     settings = settings_of(number, data, train, test, args)
     torch.manual_seed(settings["seed"])
-    model = make_network(settings, args.literal).to(args.device)
+    model = make_network(settings).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    history = []
     if path.exists():
         saved = resume(path, settings, args.epochs)
         standard = saved["standard"]
         history = saved["history"]
         model.load_state_dict(saved["model"])
-        state = saved["optimizer"]["state"]  # it alone, and history as JSON: the same bytes as of a run not stopped
-        optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))
     else:
         standard = column_statistics(data, train, args)
-        history = []
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.monotonic()
         total = 0.
@@ -282,21 +277,23 @@ def run(number, data, train, test, args):
             optimizer.step()
             total += loss.item() * len(batch)
         if not np.isfinite(total):
-            raise InputError(f"{path}: the loss is {total} in epoch {epoch}; lower --lr")
-        outputs, scores = evaluate(model, data, test, args, standard)
-        history.append(dict(loss=total / len(train)) | scores)
-        save_checkpoint(path, settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        standard=standard, history=json.dumps(history), data=args.data)
-        print_epoch(path, history, args.epochs, time.monotonic() - start, data.marks)
-    outputs, _ = evaluate(model, data, test, args, standard)  # also where no epoch was left
-    return history[-1] | dict(
-        seed=settings["seed"], checkpoint=str(path), history=history,
-        attention=attention(data, outputs, args.fusion), predictions=predictions(data, outputs))
+            raise InputError(f"{path}: the loss is {total}; lower --lr")
+        _, accuracy = evaluate(model, data, test, args, standard)
+        history.append(dict(loss=total / len(train), accuracy=accuracy))
+        with about(path), whole(path) as file:  # state alone, and JSON: the same bytes if stopped
+            torch.save(dict(settings=settings, model=model.state_dict(), state=optimizer.state_dict()["state"],
+                            standard=standard, history=json.dumps(history), data=args.data), file)
+        seconds = time.monotonic() - start
+        say(f"{path}  epoch {epoch:3d}/{args.epochs}  loss {total / len(train):.4f}  accuracy {accuracy:.4f}  "
+            f"{seconds:.1f} s, {seconds * (args.epochs - epoch):.0f} s left", data.marks)
+    outputs, accuracy = evaluate(model, data, test, args, standard)  # also where no epoch was left
+    return dict(accuracy=accuracy, seed=settings["seed"], checkpoint=str(path), history=history,
+                predictions=predictions(data, outputs))
 
 
 @torch.no_grad()
 def evaluate(model, data, videos, args, standard):
-    """{video: its outputs without padding, and its emotion, the vote}; accuracy (4.1), confusion (figure 3)."""
+    """{video: its outputs without padding, and its emotion, the vote}; the accuracy (4.1)."""
     model.eval()
     outputs = {}
     for F, lengths, _, batch in batches(data, videos, args, standard):
@@ -305,10 +302,7 @@ def evaluate(model, data, videos, args, standard):
         for b, i in enumerate(batch):
             outputs[i] = {name: v[b, :lengths[b]].cpu().numpy() for name, v in out.items()}
             outputs[i]["emotion"] = emotions[b]
-    labels = np.array([data.labels[i] for i in videos])
-    emotions = np.array([outputs[i]["emotion"] for i in videos])
-    confusion = confusion_matrix(labels, emotions, labels=range(len(data.classes)), normalize="true")
-    return outputs, dict(accuracy=float(np.mean(labels == emotions)), confusion=confusion.tolist())
+    return outputs, float(np.mean([outputs[i]["emotion"] == data.labels[i] for i in videos]))
 
 
 def protocol(data, splits, args):
@@ -320,94 +314,98 @@ def protocol(data, splits, args):
 # ---- Here the paper's part ends. What follows is the same network, fast, then data and tools. ----
 
 class Fast(DFAN):
-    """DFAN with O(T) work in place of O(T^2). Frame t changes E = exp(G_T) at t alone, with (10) also at t - 1,
-    so the sums over i of (7) and (8) are carried on, not taken again. LSTM.T's product with F_t is such a sum:
-    W F_t = sum_i A_Ti (W FF_i) = num / den. What multiplies features alone is one product before the loop. All else
-    is DFAN.forward. In float64 the same to 1e-12; in float32 the sums drift by 2e-5 in A_T at T = 400."""
+    """DFAN with O(T) work in place of O(T^2): all else is DFAN.forward. Frame t changes E = exp(G_T) at t alone, with
+    (10) also at t - 1, so the sums over i of (7) and (8) are carried on. LSTM.T's product with F_t is such a sum:
+    W F_t = sum_i A_Ti (W FF_i) = num / den. What multiplies features alone is one product before the loop.
+    In float64 the same to 1e-12; in float32 the sums drift by 2e-5 in A_T at T = 400."""
 
     def forward(self, F_A, F_S, F_O, lengths=None):
-        B, T, K = F_O.shape[:3]
+        B, T, K, d_object = F_O.shape
         C, linear = self.W_p.out_features, nn.functional.linear
         FF = torch.cat([F_A, F_S], -1)
-        real = real_frames(FF, lengths).unsqueeze(-1)                   # (B,T,1)
-        there, F_O_bar = mean_object(F_O)                               # (B,T,K), (B,T,84)
-        W_P, W_FF = self.LSTM_T.weight_ih.split([C, FF.shape[-1]], -1)
-        W_state = torch.cat([W_P, self.LSTM_T.weight_hh], -1)           # on [P; h2]
-        W_o, W_S = self.W_Tf.weight.split([F_O.shape[-1], FF.shape[-1]], -1)
-        U = linear(FF, W_FF, self.LSTM_T.bias_ih + self.LSTM_T.bias_hh)  # (B,T,4H)  of (6)
-        U_at = U.unbind(1)                                              # U[:, t] is slow backwards
-        G_FF = linear(FF, W_S, self.W_Tf.bias).unbind(1)                # T of (B,1)  of (9)
+        real = real_frames(FF, lengths).unsqueeze(-1)  # (B,T,1)
+        there, F_O_bar = mean_object(F_O)  # (B,T,K), (B,T,84)
         if self.o_focus:
-            G_F_o = self.W_of(F_O).squeeze(-1).unbind(1)                # T of (B,K)  of (3)
-        num = (real * U).sum(1)                                         # (B,4H)  sum_i E_i U_i
-        den = real.sum(1)                                               # (B,1)   sum_i E_i
-        E = list(real.unbind(1))                                        # T of (B,1)
+            W_S = torch.cat([self.LSTM_S.weight_ih, self.LSTM_S.weight_hh], -1)  # on [F_o_bar; h2; h1]
+            b_S = self.LSTM_S.bias_ih + self.LSTM_S.bias_hh
+            G_F_o = self.W_of(F_O).squeeze(-1).unbind(1)  # T of (B,K)  of (3)
+        W_o, W_FF = self.W_Tf.weight.split([d_object, FF.shape[-1]], -1)
+        G_F_o_hat = linear(F_O, W_o).squeeze(-1).unbind(1)  # T of (B,K)  of (1) and (9)
+        G_FF = linear(FF, W_FF, self.W_Tf.bias).unbind(1)  # T of (B,1)  of (9)
+        W_P, W_F = self.LSTM_T.weight_ih.split([C, FF.shape[-1]], -1)
+        W_T = torch.cat([W_P, self.LSTM_T.weight_hh], -1).T  # on [P; h2]
+        U = linear(FF, W_F, self.LSTM_T.bias_ih + self.LSTM_T.bias_hh)  # (B,T,4H)  of (6)
+        num = (real * U).sum(1)  # (B,4H)  sum_i E_i U_i
+        den = real.sum(1)  # (B,1)   sum_i E_i
+        U_T = U.unbind(1)  # U[:, t] is slow backwards
+        E = list(real.unbind(1))  # T of (B,1)
         h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)
         P = FF.new_zeros(B, C)
         G_o = FF.new_zeros(B, K)
         outputs = []
         for t in range(T):
             if self.o_focus:
-                h1, c1 = self.LSTM_S(torch.cat([F_O_bar[:, t], h2], -1), (h1, c1))  # (4)
-                G_o = torch.tanh(self.W_oh(h1) + G_F_o[t])                          # (3)
-            A_o = focus(G_o, there[:, t])                                           # (2)
-            F_o_hat = torch.einsum("bk,bkd->bd", A_o, F_O[:, t])                    # (1)
-            G_t = torch.tanh(self.W_Th(h2) + linear(F_o_hat, W_o) + G_FF[t])       # (9)
+                h1, c1 = lstm_step(linear(torch.cat([F_O_bar[:, t], h2, h1], -1), W_S, b_S), c1)  # (4)
+                G_o = torch.tanh(self.W_oh(h1) + G_F_o[t])  # (3)
+            A_o = focus(G_o, there[:, t])  # (2)
+            G_o_hat = (A_o * G_F_o_hat[t]).sum(-1, keepdim=True)  # (1)
+            G_t = torch.tanh(self.W_Th(h2) + G_o_hat + G_FF[t])  # (9)
             e_t = G_t.exp() * real[:, t]
             rise = e_t - E[t]
             E[t] = e_t
-            den = den + rise                                                        # (8)
-            num = num + rise * U_at[t]                                              # (7)
-            gates = torch.addmm(num / den, torch.cat([P, h2], -1), W_state.T)       # (6)
-            i, f, g, o = gates.chunk(4, -1)
-            c2 = f.sigmoid() * c2 + i.sigmoid() * g.tanh()
-            h2 = o.sigmoid() * c2.tanh()
-            logits = self.W_p(h2)                                                   # (5)
-            P = torch.softmax(logits, -1)                                           # (5)
+            den = den + rise  # (8)
+            num = num + rise * U_T[t]  # (7)
+            h2, c2 = lstm_step(torch.addmm(num / den, torch.cat([P, h2], -1), W_T), c2)  # (6)
+            logits = self.W_p(h2)  # (5)
+            P = torch.softmax(logits, -1)  # (5)
             if self.training and t > 0:
-                moved = (1 - self.beta) * real[:, t] * (E[t] - E[t - 1])            # (10)
+                moved = (1 - self.beta) * real[:, t] * (E[t] - E[t - 1])  # (10)
                 E[t - 1] = E[t - 1] + moved
                 E[t] = E[t] - moved
-                num = num + moved * (U_at[t - 1] - U_at[t])
+                num = num + moved * (U_T[t - 1] - U_T[t])
             outputs.append((logits, P, A_o))
         logits, P, A_o = (torch.stack(v, 1) * real for v in zip(*outputs))
         return dict(logits=logits, P=P, A_T=torch.cat(E, -1) / den, A_o=A_o)
 
 
-def make_network(settings, literal=False):
+def lstm_step(gates, c):
+    """An nn.LSTMCell from the sum of its products on: gates i, f, g, o (B,4H), c (B,H) -> h, c."""
+    i, f, g, o = gates.chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def make_network(settings):
     """A row of Table 2: fusion "max", "avg", "time" (T.Focus) or "dual" (T.Focus + O.Focus)."""
     *widths, d_object = settings["shape"]
     fusion, classes = settings["fusion"], len(settings["classes"])
     if fusion in ("max", "avg"):
         return Pooling(fusion, *widths, classes)
-    Network = DFAN if literal else Fast
-    return Network(*widths, d_object, settings["hidden"], classes, settings["beta"], o_focus=fusion == "dual")
+    return Fast(*widths, d_object, settings["hidden"], classes, settings["beta"], o_focus=fusion == "dual")
 
 
 # ---- Data: feature files, the planted set, split lists ----
 
-# dimensions of an .npz's arrays for figure 4, and of the objects; all others have 2, (T,D)
+# how many dimensions an .npz's arrays have; all others 2, (T,D)
 DIMENSIONS = dict(objects=3, seconds=1, frames=1, inside=1, pictures=1, aspect=0, video_bytes=0)
 
 
 def read_features(path, names, others=()):
     """A video's .npz: arrays `names`, float32 tensors; those of `others` that it has; settings; check sums."""
     with about(path, "give a sound .npz"), np.load(path) as file:
-        holds = file.files
-        video = {name: file[name] for name in (*names, *others) if name in holds}
+        if not set(names) <= set(file):
+            raise InputError(f"holds {file.files}, not all of {names}")
+        video = {name: file[name] for name in (*names, *others) if name in file}
         settings = dict(json.loads(str(file.get("settings", "{}"))))
-        check_sums = [file.zip.getinfo(f"{name}.npy").CRC for name in names if name in holds]
-    if len(check_sums) < len(names):
-        raise InputError(f"{path}: holds {', '.join(holds)}, not all of {', '.join(names)}")
+        check_sums = [file.zip.getinfo(f"{name}.npy").CRC for name in names]
     T = video[names[0]].shape[:1]
     for name, v in video.items():
         dimensions = DIMENSIONS.get(name, 2)
-        if name in names and name != "objects":
-            dimensions = 2
+        numbers = v.dtype.kind in "biuf" and float(np.abs(v).max(initial=0)) < 3e38
         if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or T == (0,):
             raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), of one T")
-        if name != "pictures" and not (v.dtype.kind in "biuf" and float(np.abs(v).max(initial=0)) < 3e38):
-            raise InputError(f"{path}: {name} ({v.dtype}) holds NaN, infinity, or no real numbers")
+        if not numbers and name != "pictures":
+            raise InputError(f"{path}: {name} ({v.dtype}) is not finite and real")
         if name in names:
             video[name] = torch.from_numpy(v.astype(np.float32))
     return video | dict(settings=settings, check_sums=check_sums)
@@ -420,58 +418,48 @@ class Features:
         self.names = names
         folders = [p for p in Path(folder).glob("[!.@]*") if p.is_dir() and p.name != "lost+found"]
         self.classes = sorted(p.name for p in folders)
-        self.paths = sorted(path for p in folders for path in p.glob("[!.]*.npz"))
+        self.paths = sorted(p for p in Path(folder).glob("*/[!.]*.npz") if p.parent in folders)
         self.ids = [f"{path.parent.name}/{path.stem}" for path in self.paths]
         self.labels = [self.classes.index(path.parent.name) for path in self.paths]
         if len(self.classes) < 2 or not self.paths:
-            raise InputError(f"{folder}: --data takes a folder of <class>/<name>.npz, two classes or more")
+            raise InputError(f"{folder}: --data takes a folder of <class>/<name>.npz, of two classes or more")
+        say(f"reading {len(self.paths)} files of {folder}")
         rows = []
-        for path in watched(self.paths, f"reading {folder}"):
-            video = read_features(path, names, ["inside"])
+        for path in self.paths:
+            video = read_features(path, names)
             made = video["settings"] | {name: video[name].shape[1:] for name in names}
-            rows.append((len(video[names[0]]), video["check_sums"], video.get("inside"), made))
+            rows.append((len(video[names[0]]), video["check_sums"], made))
             first = rows[0][-1]
             differs = [k for k in made | first if made.get(k) != first.get(k)]
             if differs:
                 raise InputError(f"{path}: other {', '.join(differs)} than {self.paths[0]}; make it anew")
-        self.lengths, self.check_sums, self.inside, _ = zip(*rows)
+        self.lengths, self.check_sums, _ = zip(*rows)
         self.extraction = video["settings"]
         self.marks = []  # printed beside every number
         if self.extraction.get("random_weights") is not None:
             self.marks.append("RANDOM WEIGHTS")
 
-    def load(self, i, others=()):
-        return read_features(self.paths[i], self.names, others)
-
-
-def watched(items, what):
-    """Yields the items; where that takes long, says every few seconds how far it is."""
-    start = said = time.monotonic()
-    for n, item in enumerate(items):
-        now = time.monotonic()
-        if now - said > 5:
-            said = now
-            say(f"{what}: {n} of {len(items)}, {(now - start) / n * (len(items) - n):.0f} s left")
-        yield item
+    def load(self, i):
+        return read_features(self.paths[i], self.names)
 
 
 class Planted:
-    """A built-in set that needs both focuses. Of a video's 24 frames, four snippets of two carry an emotion's action
-    pattern, one of them the true one's. Only there the first of 8 objects is a confident key."""
+    """A built-in set that needs both focuses. Of 24 frames, four snippets of two carry an emotion's action pattern, one
+    of them the true one's. Only there the first of 8 objects is a confident key."""
     TRAIN, TEST, T, K = 4000, 500, 24, 8
     classes = ["anger", "disgust", "fear", "joy", "sadness", "surprise"]
     extraction = dict(object_names=["key", "lamp", "chair", "cup", "door"])
 
     def __init__(self, seed):
-        videos = self.TRAIN + self.TEST
+        videos = range(self.TRAIN + self.TEST)
         self.seed, self.marks = seed, ["SYNTHETIC"]
-        self.labels = [i % 6 for i in range(videos)]
-        self.ids = [f"{self.classes[i % 6]}/{i}" for i in range(videos)]
-        self.lengths, self.check_sums = [self.T] * videos, [[]] * videos
+        self.labels = [i % 6 for i in videos]
+        self.ids = [f"{self.classes[i % 6]}/{i}" for i in videos]
+        self.lengths = [self.T for i in videos]
+        self.check_sums = [[] for i in videos]
         self.patterns = 1.5 * np.random.default_rng(seed).standard_normal((6, 32))
-        self.inside = [self.load(i)["inside"] for i in range(videos)]
 
-    def load(self, i, others=()):
+    def load(self, i):
         rng = np.random.default_rng([self.seed, i])
         T, K = self.T, self.K
         F_A = rng.standard_normal((T, 32))
@@ -509,11 +497,9 @@ def as_inputs(video, features, objects, standard=None):
 
 
 def column_statistics(data, train, args):
-    """Mean and 1 / deviation of FF's columns in the training videos (2,D); None with --raw."""
-    if args.raw:
-        return None
+    """Mean and 1 / deviation of FF's columns in the training videos (2,D)."""
     scaler = StandardScaler()
-    for i in watched(train, "statistics of the training videos"):
+    for i in train:
         F_A, F_S, _ = as_inputs(data.load(i), args.features, args.objects)
         scaler.partial_fit(torch.cat([F_A, F_S], -1).double())
     rounding = np.maximum(1e-6 * np.abs(scaler.mean_), 1e-30)
@@ -526,19 +512,16 @@ SUFFIXES = tuple((".mp4 .avi .mkv .webm .mov .flv .wmv .m4v .mpg .mpeg .3gp .ts 
 
 
 def read_list(path, ids):
-    """Positions in ids of the videos that a list names, and the names of none or of several. A line is class/name, or
-    a name that one class alone has; a suffix and a label may follow."""
-    def plain(name):  # whatever system wrote it
-        return unicodedata.normalize("NFC", name.strip().replace("\\", "/"))
-
+    """Positions in ids of a list's videos, and the names of none or several. A line is class/name, or a name that one
+    class alone has; a suffix and a label may follow."""
     positions = defaultdict(list)
-    for i, video in enumerate(map(plain, ids)):
+    for i, video in enumerate(ids):
         for name in {video, video.split("/")[-1]}:
             positions[name].append(i)
-    with about(path, "check --split TRAIN TEST, or take --dataset videoemotion, which draws ten splits"):
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    with about(path, "check --split TRAIN TEST, or draw splits: --dataset videoemotion"):
+        lines = Path(path).read_text(encoding="utf-8-sig").replace("\\", "/").split("\n")
     found, missing = [], []
-    for line in filter(None, map(plain, lines)):
+    for line in filter(None, map(str.strip, lines)):
         unlabelled = re.sub(r"\s+\d+$", "", line)
         spellings = [line, unlabelled]
         spellings += [os.path.splitext(s)[0] for s in spellings if s.lower().endswith(SUFFIXES)]
@@ -547,7 +530,7 @@ def read_list(path, ids):
             found += hits
         else:
             missing.append(unlabelled)
-    return list(dict.fromkeys(found)), missing  # each once
+    return list(dict.fromkeys(found)), missing
 
 
 def read_split(path, data):
@@ -559,7 +542,7 @@ def read_split(path, data):
 
 
 def check_splits(data, splits):
-    """Prints each split's counts, refuses a wrong one, marks validation videos that fine-tuning has seen."""
+    """Prints each split's counts, refuses a wrong one, marks what fine-tuning has seen."""
     for number, (train, test) in enumerate(splits):
         for name, part in (("training", train), ("validation", test)):
             counts = Counter(data.classes[data.labels[i]] for i in part)
@@ -567,11 +550,11 @@ def check_splits(data, splits):
             say(f"split {number}  {name} {len(part)}: {listed}")
             lacking = set(data.classes) - set(counts)
             if lacking:
-                raise InputError(f"split {number}: no {name} video of {min(lacking)}; mend it")
+                raise InputError(f"split {number}: no {name} video of {min(lacking)}")
         for i in set(train).intersection(test):
-            raise InputError(f"{data.ids[i]}: in both lists of split {number}; mend them")
-    tested = {data.ids[i] for _, test in splits for i in test}
-    leaked = tested.intersection(data.extraction.get("tuned_on") or [])
+            raise InputError(f"{data.ids[i]}: in both lists of split {number}")
+    tested = [data.ids[i] for _, test in splits for i in test]
+    leaked = set(tested).intersection(data.extraction.get("tuned_on") or [])
     if leaked:
         data.marks.append(f"{len(leaked)} LEAKED")
 
@@ -579,12 +562,12 @@ def check_splits(data, splits):
 # ---- Files and checkpoints ----
 
 class InputError(Exception):
-    """What the user can mend: "path: reason; remedy"; `command` prints it as one line."""
+    """What the user can mend: "path: reason; remedy", which `command` prints."""
 
 
 @contextmanager
 def about(path, remedy=""):
-    """Around a call that opens or parses what a user gave: what it raises becomes an InputError."""
+    """Around a call that opens or parses what a user gave: its exception becomes an InputError."""
     try:
         yield
     except Exception as error:
@@ -594,40 +577,38 @@ def about(path, remedy=""):
 
 
 @contextmanager
-def whole(path):
-    """A file that becomes `path` if the block succeeds. What a killed process left of it goes too (or what another
-    one is writing at this moment: the first to end wins)."""
+def whole(path, mode="wb", **form):
+    """An open file that becomes `path` if the block succeeds; what killed processes left of it goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".part-{zlib.crc32(os.fsencode(path.name))}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
         part = Path(folder, path.name)
-        part.touch()  # others see that somebody works on it
-        yield part
+        with part.open(mode, **form) as file:  # others see that somebody works on it
+            yield file
         part.replace(path)
     for left in path.parent.glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path, content):
-    with about(path), whole(path) as part:
-        part.write_text(json.dumps(content, allow_nan=False))
+    with about(path), whole(path, "w") as file:
+        file.write(json.dumps(content, allow_nan=False))
 
 
 def write_csv(path, rows):
-    with whole(path) as part:
-        with part.open("w", newline="", encoding="utf-8", errors="replace") as file:
-            csv.writer(file).writerows(rows)
+    with about(path), whole(path, "w", newline="", encoding="utf-8", errors="replace") as file:
+        csv.writer(file).writerows(rows)
 
 
 def say(line, marks=()):
-    """Prints a line and its marks in one piece: runs side by side do not mix within it."""
+    """Prints a line and its marks in one piece: runs side by side do not mix in it."""
     print("  ".join([line, *marks]) + "\n", end="", flush=True)
 
 
 def settings_of(number, data, train, test, args):
     """All that decides what a run learns, and what a prediction needs to know."""
-    options = ("hidden", "lr", "batch", "beta", "fusion", "features", "objects", "raw")
+    options = ("hidden", "lr", "batch", "beta", "fusion", "features", "objects")
     inputs = as_inputs(data.load(train[0]), args.features, args.objects)
     return {name: getattr(args, name) for name in options} | dict(
         seed=args.seed + number, shape=[v.shape[-1] for v in inputs],
@@ -636,29 +617,23 @@ def settings_of(number, data, train, test, args):
         feature_files=[data.check_sums[i] for i in (*train, *test)])
 
 
-def save_checkpoint(path, **content):
-    with about(path), whole(path) as part:
-        with part.open("wb") as file:
-            torch.save(content, file)
-
-
 def load_checkpoint(path):
-    """What `run` saved, checked. Raises InputError."""
-    with about(path, "no sound checkpoint of training; give another --checkpoint or --out"):
+    """What `run` saved, checked, and its `network`. Raises InputError."""
+    with about(path, "no sound checkpoint; give another --checkpoint or --out"):
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load compares no check sums
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        lacking = {"settings", "model", "optimizer", "standard", "history"} - saved.keys()
-        lacking |= {"features", "objects", "extraction", "marks"} - saved["settings"].keys()
+        lacking = {"state", "standard", "features", "objects", "extraction", "marks"} - {*saved, *saved["settings"]}
         if damaged or lacking or not all(v.isfinite().all() for v in saved["model"].values()):
             raise InputError("damaged")
-        make_network(saved["settings"]).load_state_dict(saved["model"])  # all its weights are there
         saved["history"] = json.loads(saved["history"])
+        saved["network"] = make_network(saved["settings"]).eval()
+        saved["network"].load_state_dict(saved["model"])
     return saved
 
 
 def resume(path, settings, epochs):
-    """The checkpoint to go on from; refuses one of other settings or of more epochs."""
+    """The checkpoint to go on from; refuses other settings, more epochs."""
     saved = load_checkpoint(path)
     differs = [k for k in settings if k != "marks" and saved["settings"].get(k) != settings[k]]
     if len(saved["history"]) > epochs:
@@ -670,60 +645,22 @@ def resume(path, settings, epochs):
 
 # ---- Section 4: tables and figures ----
 
-DATASETS = dict(videoemotion=("VideoEmotion-8", 8, 0), ekman=("Ekman-6", 6, 1))  # name, classes, column below
-DUAL = ("T.Focus + O.Focus", dict(fusion="dual"), (53.34, 57.37))
-ROWS = {  # a row's name, the settings that it changes, the paper's accuracies in %
-    "table1": [
-        ("action", dict(features=("action",), fusion="time"), (51.51, 56.42)),
-        ("scene", dict(features=("scene",), fusion="time"), (39.08, 45.47)),
-        ("objects", dict(features=("objects",), fusion="dual"), (18.74, 23.16)),
-        ("action + scene", dict(features=("action", "scene"), fusion="time"), (52.78, 56.88)),
-        ("action + scene + objects", dict(features=FEATURES, fusion="dual"), (53.34, 57.37))],
-    "table2": [
-        ("Max. Pool", dict(fusion="max"), (49.48, 53.12)),
-        ("Avg. Pool", dict(fusion="avg"), (50.02, 54.28)),
-        ("T.Focus", dict(fusion="time"), (51.88, 55.93)),
-        DUAL],
-    "figure2": [(f"top {K} objects", dict(objects=K, fusion="dual"), None) for K in (2, 4, 8, 16)],
-    "figure3": [DUAL],
-    "figure4": [DUAL]}
+# The rows of Table 2. Table 1 is --features, figure 2 --objects; figure 3 is always printed
+ROWS = {"Max. Pool": "max", "Avg. Pool": "avg", "T.Focus": "time", "T.Focus + O.Focus": "dual"}
 
 
-def train_rows(rows, data, splits, args):
-    """{row: the scores of its runs}. The rows of a table have folders of their own."""
+def train_rows(data, splits, args):
+    """{row: what its runs return}. The rows of Table 2 have folders of their own."""
+    if args.reproduce != "table2":
+        return dict(result=protocol(data, splits, args))
     scores = {}
-    for row, changed, _ in rows:
-        row_args = argparse.Namespace(**vars(args) | changed)
-        if row_args.fusion == "dual" and "objects" not in row_args.features:
+    for row, fusion in ROWS.items():
+        if fusion == "dual" and "objects" not in args.features:
             say(f"left out  {row}: no objects in --features")
             continue
-        if row_args != args or len(rows) > 1:
-            row_args.out = f"{args.out}/{row.replace(' ', '')}"
-        scores[row] = protocol(data, splits, row_args)
+        changed = dict(fusion=fusion, out=f"{args.out}/{fusion}")
+        scores[row] = protocol(data, splits, argparse.Namespace(**vars(args) | changed))
     return scores
-
-
-def share(A, m, n):
-    """A, what m of n frames or objects got; what they get if all are alike; the most that G, a tanh, allows."""
-    return A, m / n, m * np.e / (m * np.e + (n - m) / np.e)
-
-
-def attention(data, outputs, fusion):
-    """{where: mean `share` over the validation videos}, but where it is uniform by construction."""
-    shares = defaultdict(list)
-    for i, out in outputs.items():
-        A_T, A_o, inside = out["A_T"], out["A_o"], data.inside[i]
-        T, K = A_o.shape
-        if fusion in ("time", "dual"):
-            shares["most attended frame"].append(share(A_T.max(), 1, T))
-            if inside is not None and inside.any():
-                shares["segments"].append(share(A_T[inside > 0].sum(), (inside > 0).sum(), T))
-        if fusion == "dual":
-            for A in A_o[(A_o > 0).any(1)]:
-                shares["most attended object"].append(share(A.max(), 1, (A > 0).sum()))
-            if isinstance(data, Planted):
-                shares["planted key"].append(share(A_o[inside, 0].mean(), 1, K))
-    return {where: np.mean(rows, 0).tolist() for where, rows in shares.items()}
 
 
 def predictions(data, outputs):
@@ -736,40 +673,19 @@ def predictions(data, outputs):
     return rows
 
 
-def print_epoch(path, history, epochs, seconds, marks):
-    scores = "  ".join(f"{name} {history[-1][name]:.4f}" for name in ("loss", "accuracy"))
-    left = seconds * (epochs - len(history))
-    say(f"{path}  epoch {len(history):3d}/{epochs}  {scores}  {seconds:.1f} s, {left:.0f} s left", marks)
-
-
-def print_attention(row, runs, data):
-    found = [r["attention"] for r in runs]
-    for where in sorted(set().union(*found)):
-        A, uniform, limit = np.mean([shares[where] for shares in found if where in shares], 0)
-        say(f"{row:<24}  {where}: {A:.3f}  uniform {uniform:.3f}  limit {limit:.3f}", data.marks)
-
-
-def print_confusion(row, runs, data):
-    """Figure 3: true (down) by predicted, means of the runs; numbers and surest errors of the last run."""
-    last = runs[-1]["predictions"]
-    videos = Counter(true for _, true, *_ in last)
+def print_confusion(scores, data):
+    """Figure 3, of the last row's runs: true (down) by predicted."""
+    row, runs = list(scores.items())[-1]
+    _, true, predicted, *_ = zip(*sum((r["predictions"] for r in runs), []))
     say(f"{row:<24}  videos" + "".join(f"  {c:>12}" for c in data.classes))
-    for c, shares in zip(data.classes, np.mean([r["confusion"] for r in runs], 0)):
-        say(f"{c:<24}  {videos[c]:>6}" + "".join(f"  {v:>12.2f}" for v in shares), data.marks)
-    wrong = [(max(P), video, true, predicted) for video, true, predicted, *P in last if true != predicted]
-    for P, video, true, predicted in sorted(wrong, reverse=True)[:5]:
-        say(f"wrong  {video}: {true}, predicted {predicted} {P:.2f}", data.marks)
+    for c, n in zip(data.classes, confusion_matrix(true, predicted, labels=data.classes)):
+        say(f"{c:<24}  {n.sum():>6}" + "".join(f"  {v:>12.2f}" for v in n / n.sum()), data.marks)
 
 
-def print_table(rows, scores, splits, data, args):
-    """Tables 1 and 2: the last epoch's accuracies, and the paper's where they compare."""
-    say("accuracy in %, last epoch: mean ± deviation of n runs; to the row above: mean ± standard error")
-    dataset, classes, column = DATASETS[args.dataset]
-    compares = not data.marks and args.features == FEATURES and len(data.classes) == classes
-    paper = {row: numbers for row, _, numbers in rows if numbers and compares}
-    overlap = 0
-    if len(splits) > 1:  # corrected after Nadeau and Bengio (2003)
-        overlap = np.mean([len(test) / len(train) for train, test in splits])
+def print_table(scores, splits, data):
+    """Table 2, or one row: the last epoch's accuracies."""
+    say("accuracy in %: mean ± deviation of n runs; to the row above: mean ± standard error")
+    overlap = np.mean([len(test) / len(train) for train, test in splits]) if len(splits) > 1 else 0
     above = None
     for row, runs in scores.items():
         n, accuracy = len(runs), 100 * np.array([r["accuracy"] for r in runs])
@@ -778,16 +694,14 @@ def print_table(rows, scores, splits, data, args):
             line += f" ± {accuracy.std(ddof=1):.2f}"
         if above is not None:
             line += f"  to the row above {(accuracy - above).mean():+.2f}"
-            if n > 1:
-                line += f" ± {np.sqrt((1 / n + overlap) * (accuracy - above).var(ddof=1)):.2f}"
-        if row in paper:
-            line += f"  paper, {dataset}: {paper[row][column]:.2f}"
+        if above is not None and n > 1:  # corrected after Nadeau and Bengio (2003)
+            line += f" ± {np.sqrt((1 / n + overlap) * (accuracy - above).var(ddof=1)):.2f}"
         say(line, data.marks)
         above = accuracy
 
 
 def write_results(path, scores, data, args):
-    """A table's or a run's .json, one shape for all, and predictions.csv beside it."""
+    """A .json, of one shape for all, and predictions.csv beside it."""
     write_json(path, dict(args=vars(args), classes=data.classes, marks=data.marks, rows=scores))
     table = [["row", "run", "video", "true", "predicted", *data.classes]]
     for row, runs in scores.items():
@@ -798,30 +712,25 @@ def write_results(path, scores, data, args):
 
 # ---- What, when, where: a video's prediction and its picture (figure 4) ----
 
-FLAT = 1.3  # less is "nearly uniform": of frames the most / the least, of objects most / uniform
-
-
 def look(video, saved):
-    """What a checkpoint's network sees in a video: its .json. Attention is in times uniform."""
+    """What a checkpoint's network sees in a video: its .json. Attention: times uniform."""
     settings = saved["settings"]
     made, wanted = (v | dict(options=None) for v in (video["settings"], settings["extraction"]))
     shape = [v.shape[-1] for v in as_inputs(video, settings["features"], settings["objects"])]
     if (video["settings"] and made != wanted) or shape != settings["shape"]:
-        raise InputError("not made as the features of the checkpoint; make it anew")
-    model = make_network(settings).eval()
-    model.load_state_dict(saved["model"])
+        raise InputError("not made as the checkpoint's features; make it anew")
     F_A, F_S, F_O = as_inputs(video, settings["features"], settings["objects"], saved["standard"])
     with torch.no_grad():
-        out = model(F_A[None], F_S[None], F_O[None])
+        out = saved["network"](F_A[None], F_S[None], F_O[None])
     P, A_T, A_o = out["P"][0], out["A_T"][0], out["A_o"][0]
     T, classes = len(P), settings["classes"]
-    frames = video.get("frames", np.arange(T))
-    seconds = video.get("seconds", np.array([]))
+    frames = video.get("frames", np.arange(T)).tolist()
+    seconds = video.get("seconds", np.array([])).tolist()
     quarters = torch.arange(T).tensor_split(min(4, T))  # a moment: the most attended frame of each
     return dict(
         emotion=classes[vote(out["P"], [T])[0]], marks=settings["marks"],
         probabilities=dict(zip(classes, P[-LAST_FRAMES:].mean(0).tolist())),
-        frames=frames.tolist(), seconds=seconds.tolist(),
+        frames=frames, seconds=seconds,
         times=[f"{s:.1f} s" for s in seconds] or [f"frame {n}" for n in frames],
         attention=(A_T * T).tolist(),
         P=dict(zip(classes, P.T.tolist())),
@@ -830,9 +739,9 @@ def look(video, saved):
 
 
 def objects_of(F_o, A_o, settings):
-    """A frame's objects, the most attended first. F_o (K,D): probabilities of object_names, x1, y1, x2, y2."""
+    """A frame's objects, most attended first. F_o (K,D): probabilities of object_names, x1, y1, x2, y2."""
     names = settings["extraction"].get("object_names", [])
-    if not names or F_o.shape[-1] != len(names) + 4:  # own features, of unknown columns
+    if not names or F_o.shape[-1] != len(names) + 4:  # own features
         return []
     there = int(A_o.count_nonzero())
     objects = []
@@ -850,144 +759,112 @@ def captions(seen, t):
     lines = [f"{seen['times'][t]}, attention {seen['attention'][t]:.2f} x"]
     for rank, o in enumerate(objects[:3], 1):
         lines.append(f"{rank} {o['name']} {o['probability']:.2f}, attention {o['attention']:.2f} x")
-    if objects and objects[0]["attention"] < FLAT:
+    if objects and objects[0]["attention"] < 1.3:
         lines.append("objects nearly uniform")
     return lines
 
 
 def print_look(seen):
-    likely = sorted(seen["probabilities"].items(), key=lambda pair: -pair[1])
+    likely = Counter(seen["probabilities"]).most_common()
     listed = ", ".join(f"{c} {100 * p:.1f} %" for c, p in likely)
     say(f"{seen['video']}: {seen['emotion']}  (mean of the last frames: {listed})", seen["marks"])
-    if max(seen["attention"]) < FLAT * min(seen["attention"]):
-        say("  attention over time is nearly uniform", seen["marks"])
     for t in seen["moments"]:
         say("  " + "; ".join(captions(seen, t)), seen["marks"])
 
 
 def draw(seen, video):
-    """Figure 4 as SVG. Each part has its own units: a frame is `aspect` wide and 1 high, a panel T frames wide."""
-    title = f"{seen['video']}: {seen['emotion']}"
-    if seen["true"]:
-        title += f" (true: {seen['true']})"
-    title = "  ".join([title, *seen["marks"]])
-    parts = [element("rect", width=1600, height=890, fill="white"), text(20, 32, title)]
-    for column, t in enumerate(seen["moments"]):
-        parts += draw_moment(20 + 396 * column, t, seen, video)
+    """Figure 4, the lines of an SVG. Parts have units of their own: a frame is `aspect` by 1, a panel T wide."""
+    title = "  ".join([f"{seen['video']}: {seen['emotion']}", *seen["marks"]])
     A_T = {"attention over time, times uniform": seen["attention"]}
-    parts += draw_panel(465, 200, A_T, 2 * np.ceil(max(seen["attention"]) / 2), seen, video)
-    parts += draw_panel(735, 115, seen["P"], 1, seen, video)
-    return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox="0 0 1600 890",
-                   font_family="sans-serif", font_size=21)
+    yield '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1600 890" font-family="sans-serif" font-size="21">'
+    yield '<rect width="1600" height="890" fill="white"/>'
+    yield text(20, 32, title)
+    for column, t in enumerate(seen["moments"]):
+        yield from draw_moment(20 + 396 * column, t, seen, video)
+    yield from draw_panel(465, 200, A_T, 2 * np.ceil(max(seen["attention"]) / 2), seen, video)
+    yield from draw_panel(735, 115, seen["P"], 1, seen, video)
+    yield "</svg>"
 
 
-def element(tag, *content, **attributes):
-    """An SVG element; attributes are named with _ for -."""
-    named = "".join(f' {name.replace("_", "-")}="{v}"' for name, v in attributes.items())
-    return f"<{tag}{named}>{''.join(content)}</{tag}>"
-
-
-def letters(words):
-    """A text as XML takes it: no control characters."""
-    return html.escape("".join(c if c.isprintable() else "?" for c in words))
-
-
-def text(x, y, words, **attributes):
-    return element("text", letters(words), x=x, y=y, **attributes)
+def text(x, y, words, style=""):
+    """Words as XML takes them: no control characters."""
+    words = "".join(c if c.isprintable() else "?" for c in words)
+    return f'<text x="{x}" y="{y}" {style}>{html.escape(words)}</text>'
 
 
 def draw_moment(left, t, seen, video):
-    """A frame, its boxes, its objects in words. "The saturation degrees of the green boxes indicate the attentions
-    of the objects" (figure 4): none at uniform attention, full at four times. Thin: all nearly uniform."""
+    """A frame, its boxes, its objects in words. "The saturation degrees of the green boxes indicate the attentions of
+    the objects": none at uniform attention, full at four times. Thin: all nearly uniform."""
     aspect = float(video.get("aspect", 16 / 9))
     lines = captions(seen, t)
-    frame = [element("rect", width=aspect, height=1, fill="dimgrey")]
+    yield f'<svg x="{left}" y="50" width="372" height="240" viewBox="0 0 {aspect} 1">'
+    yield f'<rect width="{aspect}" height="1" fill="dimgrey"/>'
     if "pictures" in video:
         jpeg = base64.b64encode(video["pictures"][t]).decode()
-        address = f"data:image/jpeg;base64,{jpeg}"
-        frame.append(element("image", width=aspect, height=1, href=address))
-    objects = seen["objects"][t][:3]
-    for rank, o in enumerate(objects, 1):
+        yield f'<image width="{aspect}" height="1" href="data:image/jpeg;base64,{jpeg}"/>'
+    for rank, o in enumerate(seen["objects"][t][:3], 1):
         x1, y1, x2, y2 = np.multiply(o["box"], [aspect, 1, aspect, 1])
         green = 100 * np.clip((o["attention"] - 1) / 3, 0, 1)
         thick = 0.004 if "objects nearly uniform" in lines else 0.015
-        frame += [
-            element("rect", x=x1, y=y1, width=f"{x2 - x1:.3f}", height=f"{y2 - y1:.3f}", fill="none",
-                    stroke=f"hsl(120,{green:.0f}%,60%)", stroke_width=thick),
-            text(x1 + 0.01, y1 + 0.09, str(rank), font_size=0.1, fill="white",
-                 stroke="black", stroke_width=0.02, paint_order="stroke")]
-    yield element("svg", *frame, x=left, y=50, width=372, height=240, viewBox=f"0 0 {aspect} 1")
+        yield (f'<rect x="{x1:.3f}" y="{y1:.3f}" width="{x2 - x1:.3f}" height="{y2 - y1:.3f}" fill="none" '
+               f'stroke="hsl(120,{green:.0f}%,60%)" stroke-width="{thick}"/>')
+        style = 'font-size=".1" fill="white" stroke="black" stroke-width=".02" paint-order="stroke"'
+        yield text(x1 + 0.01, y1 + 0.09, str(rank), style)
+    yield "</svg>"
     for n, line in enumerate(lines):
         yield text(left, 316 + 26 * n, line)
 
 
 def draw_panel(y, height, curves, high, seen, video):
     """Curves over the frames, {name: T values up to high}: "The blue curve illustrates the attentions along the time
-    dimension". Shaded: annotated segments. Under the pointer: the numbers."""
+    dimension". Shaded: annotated segments."""
     left, width, T = 70, 1470, len(seen["times"])
-    shade = [f"M{t} 0h1v{high}h-1z" for t in np.flatnonzero(video.get("inside", []))]
-    grid = [f"M{t + .5} 0v{high}" for t in seen["moments"]]
-    for part in (0, 0.5, 1):  # of both axes
-        t = round(part * (T - 1))
-        grid.append(f"M0 {part * high}h{T}")
-        yield text(left - 8, y + 7 + height * (1 - part), f"{part * high:.3g}", text_anchor="end")
-        yield text(left + width * (t + .5) / T, y + height + 22, seen["times"][t], text_anchor="middle")
-    panel = [element("path", d="".join(shade), fill="moccasin"),
-             element("path", d="".join(grid), stroke="lightgrey", vector_effect="non-scaling-stroke")]
-    for n, (name, values) in enumerate(curves.items()):
-        color = f"hsl({(220 + 360 * n // len(curves)) % 360},70%,40%)"
+    shade = "".join(f"M{t} 0h1v{high}h-1z" for t in np.flatnonzero(video.get("inside", [])))
+    grid = "".join(f"M{t + .5} 0v{high}" for t in seen["moments"])
+    thin = 'vector-effect="non-scaling-stroke"'
+    yield (f'<svg x="{left}" y="{y}" width="{width}" height="{height}" viewBox="0 0 {T} {high}" '
+           'preserveAspectRatio="none" fill="none">')
+    yield f'<path d="{shade}" fill="moccasin"/>'
+    yield f'<path d="M0 0h{T}M0 {high / 2}h{T}M0 {high}h{T}{grid}" stroke="lightgrey" {thin}/>'
+    colors = [f"hsl({220 + 360 * n // len(curves)},70%,40%)" for n in range(len(curves))]
+    for color, values in zip(colors, curves.values()):
         steps = "h1V".join(f"{high - v:.3f}" for v in values)
-        panel.append(element("path", d=f"M0 {steps}h1", stroke=color, stroke_width=3,
-                             vector_effect="non-scaling-stroke"))
-        yield text(left + width * n / len(curves), y - 10, name, fill=color)
-    for stretch in np.array_split(np.arange(T), min(T, 300)):
-        t = stretch[0]
-        numbers = ", ".join(f"{name} {values[t]:.2f}" for name, values in curves.items())
-        title = element("title", letters(f"{seen['times'][t]}: {numbers}"))
-        panel.append(element("rect", title, x=t, width=len(stretch), height=high, pointer_events="all"))
-    yield element("svg", *panel, x=left, y=y, width=width, height=height, viewBox=f"0 0 {T} {high}",
-                  preserveAspectRatio="none", fill="none")
+        yield f'<path d="M0 {steps}h1" stroke="{color}" stroke-width="3" {thin}/>'
+    yield "</svg>"
+    for n, (color, name) in enumerate(zip(colors, curves)):
+        yield text(left + width * n / len(curves), y - 10, name, f'fill="{color}"')
+    for part in (0, 0.5, 1):
+        t = round(part * (T - 1))
+        yield text(left - 8, y + 7 + height * (1 - part), f"{part * high:.3g}", 'text-anchor="end"')
+        yield text(left + width * (t + .5) / T, y + height + 22, seen["times"][t], 'text-anchor="middle"')
 
 
-def show(source, target, video, saved, true=None):
-    """Prints a prediction, writes <target>.json and <target>.svg. Returns what `look` says."""
-    seen = dict(video=source, true=true) | look(video, saved)
+def show(source, target, video, saved):
+    """Prints and writes (.json, .svg) what `look` says, and returns it."""
+    seen = dict(video=source) | look(video, saved)
     print_look(seen)
     write_json(f"{target}.json", seen)
-    with whole(f"{target}.svg") as part:
-        part.write_text(draw(seen, video), encoding="utf-8")
+    with about(f"{target}.svg"), whole(f"{target}.svg", "w", encoding="utf-8") as file:
+        file.writelines(draw(seen, video))
     say(f"  written  {target}.svg, {target}.json")
     return seen
 
 
-def figure4(data, test, checkpoint, args):
-    """Shows the first validation video of each class."""
-    saved = load_checkpoint(checkpoint)
-    for label, emotion in enumerate(data.classes):
-        i = next(i for i in test if data.labels[i] == label)
-        target = f"{args.out}/figure4-{data.ids[i].replace('/', '-')}"
-        show(data.ids[i], target, data.load(i, DIMENSIONS), saved, emotion)
-
-
 def predict(args):
-    """Shows each video or .npz, goes on past a bad one, writes predicted.csv. Returns the exit status."""
+    """Shows each video or .npz, goes on past a bad one. Returns the exit status."""
     names = [Path(source).stem for source in args.predict]
-    for name in names:
-        alike = [source for source in args.predict if Path(source).stem == name]
-        if len(alike) > 1 or name in ("results", *ROWS):
-            raise InputError(f"{', '.join(alike)}: of one name, or of a results file's; rename it")
+    if len({*names, "results", "table2", "figure4"}) < len(names) + 3:
+        raise InputError(f"{', '.join(args.predict)}: two of one name, or a results file's; rename one")
     saved = load_checkpoint(args.checkpoint)
     clips = [source for source in args.predict if source.lower().endswith(SUFFIXES)]
     if clips:
         script = Path(__file__).resolve().with_name("extract_features.py")
-        options = ["--like", args.checkpoint, "--device", args.device]
-        subprocess.run([sys.executable, script, *options, "--", *clips, args.out])
+        like = ["--like", args.checkpoint, "--device", args.device, "--"]
+        subprocess.run([sys.executable, script, *like, *clips, args.out])
     rows = [["clip", "emotion", *saved["settings"]["classes"], "most attended second", "marks"]]
     for source, name in zip(args.predict, names):
         path = f"{args.out}/{name}.npz" if source in clips else source
         try:
-            if source in clips and not os.path.exists(path):
-                raise InputError("no features, see above")
             video = read_features(path, saved["settings"]["features"], DIMENSIONS)
             if source in clips and video.get("video_bytes") != os.path.getsize(source):
                 raise InputError(f"{path} was made from another video; choose another --out")
@@ -998,7 +875,7 @@ def predict(args):
         most = (seen["seconds"] or seen["frames"])[np.argmax(seen["attention"])]
         rows.append([source, seen["emotion"], *seen["probabilities"].values(), most, " ".join(seen["marks"])])
     write_csv(f"{args.out}/predicted.csv", rows)
-    return int(len(rows) - 1 < len(args.predict))  # 1 if one failed
+    return int(len(rows) <= len(args.predict))
 
 
 # ---- Command line ----
@@ -1007,21 +884,18 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="dfan.py [options]", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", help=f"folder of features; without it a planted set, with {PLANTED}")
-    add("--dataset", choices=DATASETS, default="ekman", help="one fixed split (ekman), or ten drawn ones")
+    add("--data", help=f"folder of features; else a planted set, with {PLANTED}")
+    add("--dataset", choices=("ekman", "videoemotion"), default="ekman", help="one given split, or ten drawn")
     add("--split", nargs="+", default=[], help="TRAIN TEST ..., in place of DATA/*list01.txt")
-    add("--raw", action="store_true", help="features not standardised")
     add("--features", default=",".join(FEATURES), help="arrays of the .npz")
-    add("--fusion", choices=("dual", "time", "avg", "max"), help="a row of table 2; dual where there are objects")
-    add("--literal", action="store_true", help="the equations as printed (slow)")
     numbers = NOT_IN_THE_PAPER | dict(
-        beta=(BETA, "of equation (10)"), objects=(OBJECTS, "of a frame, at most"), seed=(0, "of run 0; run i has seed + i"),
-        runs=(1, "of one split, each of its own seed; planted tables: 5"), jobs=(1, "runs at once"))
+        beta=(BETA, "of equation (10)"), objects=(OBJECTS, "of a frame, at most"), jobs=(1, "runs at once"),
+        seed=(0, "of run 0; run i has seed + i"), runs=(1, "of one split; table2 without --data: 5"))
     for name, (default, what) in numbers.items():
         add(f"--{name}", type=type(default), default=default, help=what)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--out", default="out", help="folder of checkpoints and results")
-    add("--reproduce", choices=ROWS, help="a table or figure, beside the paper's")
+    add("--reproduce", choices=["table2"], help="all its rows")
     add("--predict", nargs="+", default=[], help="videos or .npz")
     add("--checkpoint", default="out/run0.pt", help="of --predict")
     args = parser.parse_args(argv)
@@ -1030,10 +904,8 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     args.features = tuple(args.features.split(","))
+    args.fusion = "dual" if "objects" in args.features else "time"
     check_args(args, changed)
-    check_lists(args.split)
-    if not args.fusion:
-        args.fusion = "dual" if "objects" in args.features else "time"
     if args.data and args.dataset == "ekman" and not args.split:
         args.split = [f"{args.data}/trainlist01.txt", f"{args.data}/testlist01.txt"]
     return args
@@ -1042,10 +914,9 @@ def parse_args(argv=None):
 def check_args(args, changed):
     """Refuses what cannot be obeyed. changed: the options that are not as by default."""
     obeyed = dict(
-        data=args.data, checkpoint=args.predict, dataset=args.data, split=args.data, fusion=not args.reproduce,
+        data=args.data, dataset=args.data, split=args.data, checkpoint=args.predict,
         runs=len(args.split) == 2 or args.dataset == "ekman" and not args.split,
-        literal=args.fusion not in ("max", "avg"), beta=args.fusion not in ("max", "avg"),
-        objects="objects" in args.features and args.reproduce != "figure2")
+        objects="objects" in args.features)
     if args.predict:
         obeyed = dict.fromkeys(vars(args), False) | dict(predict=True, checkpoint=True, device=True, out=True)
     for name in sorted(changed):
@@ -1056,11 +927,6 @@ def check_args(args, changed):
         least, most = ranges.get(name, (1, 10 ** 9))
         if type(value) in (int, float) and not least <= value <= most:
             raise InputError(f"--{name} {value}: from {least} to {most}")
-    needs_objects = args.fusion == "dual" or args.reproduce in ("figure2", "figure3", "figure4")
-    if args.reproduce == "table1" and set(args.features) != set(FEATURES):
-        raise InputError(f"--reproduce table1: is of --features {','.join(FEATURES)}, no others")
-    if needs_objects and "objects" not in args.features:
-        raise InputError(f"--features {','.join(args.features)}: it needs objects")
     if not args.data and not set(args.features) <= set(FEATURES):
         raise InputError(f"--features {','.join(args.features)}: not of the planted set")
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
@@ -1070,17 +936,12 @@ def check_args(args, changed):
     with about(f"--out {args.out}", "choose another"):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
-
-
-def check_lists(paths):
-    """Refuses an odd number, or TEST before TRAIN: a shell sorts VE_1_Testset.list first."""
-    if len(paths) % 2:
-        raise InputError("--split: takes pairs of lists, TRAIN TEST TRAIN TEST ...")
-    for n, path in enumerate(paths):
-        right, wrong = (("train", "test"), ("test", "train"))[n % 2]
-        name = Path(path).name.lower()
-        if re.search(f"(?<![a-z]){wrong}", name) and right not in name:
-            raise InputError(f"--split {path}: in the place of a {right} list; TRAIN goes before TEST")
+    if len(args.split) % 2:
+        raise InputError("--split: takes pairs of lists, TRAIN TEST ...")
+    for n, path in enumerate(args.split):  # a shell sorts VE_1_Testset.list first
+        wrong = ("test", "train")[n % 2]
+        if re.search(f"(?<![a-z]){wrong}", Path(path).name.lower()):
+            raise InputError(f"--split {path}: {wrong} in its name; TRAIN goes before TEST")
 
 
 def main(argv=None):
@@ -1095,29 +956,22 @@ def main(argv=None):
         data = Planted(args.seed)
         splits = [(range(data.TRAIN), range(data.TRAIN, len(data.ids)))]
     check_splits(data, splits)
-    rows = ROWS.get(args.reproduce, [("result", {}, None)])
-    scores = train_rows(rows, data, splits, args)
+    scores = train_rows(data, splits, args)
     path = Path(args.out, f"{args.reproduce or 'results'}.json")
     write_results(path, scores, data, args)
-    for row, runs in scores.items():
-        print_attention(row, runs, data)
-    print_confusion(row, runs, data)  # of the last row
-    print_table(rows, scores, splits, data, args)
-    if args.reproduce == "figure4":
-        figure4(data, splits[0][1], runs[0]["checkpoint"], args)
+    print_confusion(scores, data)
+    print_table(scores, splits, data)
     say(f"written  {path}, predictions.csv")
-    if args.data:
-        say(f"next: python dfan.py --predict CLIP --checkpoint {runs[0]['checkpoint']}")
-    elif not args.reproduce:
-        reached = "as expected" if runs[0]["accuracy"] > 0.9 else "below 0.900, which the default options reach"
-        say(f"accuracy {runs[0]['accuracy']:.3f}: {reached}", data.marks)
-        say("next: python dfan.py --reproduce figure4 --runs 1")
+    if not args.data and not args.reproduce:
+        run = scores["result"][0]
+        reached = "as expected" if run["accuracy"] > 0.9 else "below 0.9, unlike the defaults"
+        say(f"accuracy {run['accuracy']:.3f}: {reached}", data.marks)
+        show(data.ids[-1], f"{args.out}/figure4", data.load(splits[0][1][-1]), load_checkpoint(run["checkpoint"]))
     return 0
 
 
 def command(main):
-    """Runs a script's main() and ends with its status; what a user can mend is one line on stderr, status 2."""
-    script = Path(sys.argv[0]).name
+    """Runs a script's main() and ends with its status; what a user can mend is one line, status 2."""
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
@@ -1125,13 +979,13 @@ def command(main):
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not re.search("MemoryError|out of memory|allocate|excessive memory", repr(error)):
             raise
-        print(f"{script}: no memory left; try a smaller --batch or fewer --jobs", file=sys.stderr)
+        print("no memory left; try a smaller --batch, fewer --jobs", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"{script}: stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command goes on", file=sys.stderr)
     sys.exit(2)
 
 

@@ -355,8 +355,8 @@ def look_around(folder, feats, videos):
             copy = feats / path.name
             if copy.exists() and copy.read_bytes() != path.read_bytes():
                 print(f"list     {copy} differed from {path}: copied again")
-            with suppress(FileNotFoundError), whole(copy) as part:    # another process copies it too
-                shutil.copyfile(path, part)
+            with suppress(FileNotFoundError), whole(copy) as file:    # another process copies it too
+                file.write(path.read_bytes())
 
 
 def is_finished(target, video, settings, args):
@@ -474,12 +474,12 @@ def finetune(args, videos, names, weights, files):
             print(f"tuning   images of {identity}", flush=True)
             with about(videos[identity], f"take it off {args.finetune}"):
                 arrays = kept_images(videos[identity], args.every, not args.no_flow)
-            with whole(kept) as part:
-                np.savez(part, **arrays)
+            with whole(kept) as file:
+                np.savez(file, **arrays)
         backbone = build([name], weights, args.seed, args.device)[name]
         state = tune(name, backbone, images, labels, args.device, args.seed)
-        with whole(path) as part:
-            torch.save(dict(state=state, meta=meta), part)
+        with whole(path) as file:
+            torch.save(dict(state=state, meta=meta), file)
     shutil.rmtree(feats / ".tuning", ignore_errors=True)
 
 
@@ -584,9 +584,9 @@ def work(args, videos, todo, settings, models):
             if is_finished(target, video, settings, args):
                 continue
             print(line, flush=True)    # before the work: it may crash
-            with whole(target) as part:    # others pass over it
+            with whole(target) as file:    # others pass over it
                 arrays = extract(video, models, settings, args)
-                np.savez(part, **arrays)
+                np.savez(file, **arrays)
         except Exception as error:
             if isinstance(error, FileNotFoundError) and target.exists():
                 continue    # another process was faster
