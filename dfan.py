@@ -386,7 +386,7 @@ def make_network(settings):
 
 # ---- Data: feature files, the planted set, split lists ----
 
-# how many dimensions an .npz's arrays have; all others 2, (T,D)
+# dimensions of an .npz's arrays; all others have 2, (T,D)
 DIMENSIONS = dict(objects=3, seconds=1, frames=1, inside=1, pictures=1, aspect=0, video_bytes=0)
 
 
@@ -912,7 +912,7 @@ def parse_args(argv=None):
 
 
 def check_args(args, changed):
-    """Refuses what cannot be obeyed. changed: the options that are not as by default."""
+    """Refuses what cannot be obeyed. changed: the options not as by default."""
     obeyed = dict(
         data=args.data, dataset=args.data, split=args.data, checkpoint=args.predict,
         runs=len(args.split) == 2 or args.dataset == "ekman" and not args.split,

@@ -355,7 +355,7 @@ def look_around(folder, feats, videos):
             copy = feats / path.name
             if copy.exists() and copy.read_bytes() != path.read_bytes():
                 print(f"list     {copy} differed from {path}: copied again")
-            with suppress(FileNotFoundError), whole(copy) as file:    # another process copies it too
+            with suppress(FileNotFoundError), whole(copy) as file:    # another process copies too
                 file.write(path.read_bytes())
 
 
