@@ -211,7 +211,7 @@ def vote(P, lengths):
 # ---- 4.1 The two protocols, training and evaluation ----
 
 def make_splits(data, args):
-    """The (training, validation) positions of each run.
+    """The (training, validation) positions of each split.
     Ekman: "The dataset provides the training and validation splits." VideoEmotion: "our experiments are conducted
     ten times. Each time we randomly choose 2/3 of the data for training and another 1/3 for validation." (4.1)"""
     if args.split:
@@ -280,7 +280,7 @@ def run(number, data, train, test, args):
             raise InputError(f"{path}: the loss is {total}; lower --lr")
         _, accuracy = evaluate(model, data, test, args, standard)
         history.append(dict(loss=total / len(train), accuracy=accuracy))
-        with about(path), whole(path) as file:  # state alone, and JSON: the same bytes if stopped
+        with about(path), whole(path) as file:  # state alone, and JSON: resumed, the same bytes
             torch.save(dict(settings=settings, model=model.state_dict(), state=optimizer.state_dict()["state"],
                             standard=standard, history=json.dumps(history), data=args.data), file)
         seconds = time.monotonic() - start
@@ -311,7 +311,7 @@ def protocol(data, splits, args):
     return Parallel(args.jobs)(delayed(run)(n, data, *splits[n % len(splits)], args) for n in numbers)
 
 
-# ---- Here the paper's part ends. What follows is the same network, fast, then data and tools. ----
+# ---- Here the paper's part ends. Now the same network, fast; data; tools. ----
 
 class Fast(DFAN):
     """DFAN with O(T) work in place of O(T^2): all else is DFAN.forward. Frame t changes E = exp(G_T) at t alone, with
@@ -321,7 +321,8 @@ class Fast(DFAN):
 
     def forward(self, F_A, F_S, F_O, lengths=None):
         B, T, K, d_object = F_O.shape
-        C, linear = self.W_p.out_features, nn.functional.linear
+        C = self.W_p.out_features
+        linear = nn.functional.linear
         FF = torch.cat([F_A, F_S], -1)
         real = real_frames(FF, lengths).unsqueeze(-1)  # (B,T,1)
         there, F_O_bar = mean_object(F_O)  # (B,T,K), (B,T,84)
@@ -337,7 +338,7 @@ class Fast(DFAN):
         U = linear(FF, W_F, self.LSTM_T.bias_ih + self.LSTM_T.bias_hh)  # (B,T,4H)  of (6)
         num = (real * U).sum(1)  # (B,4H)  sum_i E_i U_i
         den = real.sum(1)  # (B,1)   sum_i E_i
-        U_T = U.unbind(1)  # U[:, t] is slow backwards
+        U_T = U.unbind(1)  # U[:, t] has a slow gradient
         E = list(real.unbind(1))  # T of (B,1)
         h1 = c1 = h2 = c2 = FF.new_zeros(B, self.W_p.in_features)
         P = FF.new_zeros(B, C)
@@ -369,7 +370,7 @@ class Fast(DFAN):
 
 
 def lstm_step(gates, c):
-    """An nn.LSTMCell from the sum of its products on: gates i, f, g, o (B,4H), c (B,H) -> h, c."""
+    """The rest of an nn.LSTMCell, after its products: gates i, f, g, o (B,4H), c (B,H) -> h, c."""
     i, f, g, o = gates.chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
@@ -402,7 +403,7 @@ def read_features(path, names, others=()):
     for name, v in video.items():
         dimensions = DIMENSIONS.get(name, 2)
         numbers = v.dtype.kind in "biuf" and float(np.abs(v).max(initial=0)) < 3e38
-        if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or T == (0,):
+        if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or T == (0,) or (name in names and v.ndim < 2):
             raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), of one T")
         if not numbers and name != "pictures":
             raise InputError(f"{path}: {name} ({v.dtype}) is not finite and real")
@@ -452,7 +453,8 @@ class Planted:
 
     def __init__(self, seed):
         videos = range(self.TRAIN + self.TEST)
-        self.seed, self.marks = seed, ["SYNTHETIC"]
+        self.seed = seed
+        self.marks = ["SYNTHETIC"]
         self.labels = [i % 6 for i in videos]
         self.ids = [f"{self.classes[i % 6]}/{i}" for i in videos]
         self.lengths = [self.T for i in videos]
@@ -518,7 +520,7 @@ def read_list(path, ids):
     for i, video in enumerate(ids):
         for name in {video, video.split("/")[-1]}:
             positions[name].append(i)
-    with about(path, "check --split TRAIN TEST, or draw splits: --dataset videoemotion"):
+    with about(path, "check the path; --dataset videoemotion needs no list"):
         lines = Path(path).read_text(encoding="utf-8-sig").replace("\\", "/").split("\n")
     found, missing = [], []
     for line in filter(None, map(str.strip, lines)):
@@ -567,7 +569,7 @@ class InputError(Exception):
 
 @contextmanager
 def about(path, remedy=""):
-    """Around a call that opens or parses what a user gave: its exception becomes an InputError."""
+    """Around a call that opens, parses or writes a user's file: its exception becomes an InputError."""
     try:
         yield
     except Exception as error:
@@ -584,7 +586,7 @@ def whole(path, mode="wb", **form):
     prefix = f".part-{zlib.crc32(os.fsencode(path.name))}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
         part = Path(folder, path.name)
-        with part.open(mode, **form) as file:  # others see that somebody works on it
+        with part.open(mode, **form) as file:  # tells others it is taken
             yield file
         part.replace(path)
     for left in path.parent.glob(f"{prefix}*"):
@@ -602,12 +604,12 @@ def write_csv(path, rows):
 
 
 def say(line, marks=()):
-    """Prints a line and its marks in one piece: runs side by side do not mix in it."""
+    """Prints a line and its marks at once: runs side by side do not mix in it."""
     print("  ".join([line, *marks]) + "\n", end="", flush=True)
 
 
 def settings_of(number, data, train, test, args):
-    """All that decides what a run learns, and what a prediction needs to know."""
+    """What decides what a run learns, and what a prediction needs."""
     options = ("hidden", "lr", "batch", "beta", "fusion", "features", "objects")
     inputs = as_inputs(data.load(train[0]), args.features, args.objects)
     return {name: getattr(args, name) for name in options} | dict(
@@ -633,7 +635,7 @@ def load_checkpoint(path):
 
 
 def resume(path, settings, epochs):
-    """The checkpoint to go on from; refuses other settings, more epochs."""
+    """The checkpoint to go on from: of these settings, no more epochs."""
     saved = load_checkpoint(path)
     differs = [k for k in settings if k != "marks" and saved["settings"].get(k) != settings[k]]
     if len(saved["history"]) > epochs:
@@ -676,8 +678,8 @@ def predictions(data, outputs):
 def print_confusion(scores, data):
     """Figure 3, of the last row's runs: true (down) by predicted."""
     row, runs = list(scores.items())[-1]
-    _, true, predicted, *_ = zip(*sum((r["predictions"] for r in runs), []))
-    say(f"{row:<24}  videos" + "".join(f"  {c:>12}" for c in data.classes))
+    true, predicted = zip(*(p[1:3] for r in runs for p in r["predictions"]))
+    say(f"{row:<24}   count" + "".join(f"  {c:>12}" for c in data.classes))
     for c, n in zip(data.classes, confusion_matrix(true, predicted, labels=data.classes)):
         say(f"{c:<24}  {n.sum():>6}" + "".join(f"  {v:>12.2f}" for v in n / n.sum()), data.marks)
 
@@ -688,7 +690,8 @@ def print_table(scores, splits, data):
     overlap = np.mean([len(test) / len(train) for train, test in splits]) if len(splits) > 1 else 0
     above = None
     for row, runs in scores.items():
-        n, accuracy = len(runs), 100 * np.array([r["accuracy"] for r in runs])
+        n = len(runs)
+        accuracy = 100 * np.array([r["accuracy"] for r in runs])
         line = f"{row:<24}  n = {n}  accuracy {accuracy.mean():.2f}"
         if n > 1:
             line += f" ± {accuracy.std(ddof=1):.2f}"
@@ -759,7 +762,7 @@ def captions(seen, t):
     lines = [f"{seen['times'][t]}, attention {seen['attention'][t]:.2f} x"]
     for rank, o in enumerate(objects[:3], 1):
         lines.append(f"{rank} {o['name']} {o['probability']:.2f}, attention {o['attention']:.2f} x")
-    if objects and objects[0]["attention"] < 1.3:
+    if len(objects) > 1 and objects[0]["attention"] < 1.3:
         lines.append("objects nearly uniform")
     return lines
 
@@ -844,24 +847,26 @@ def show(source, target, video, saved):
     seen = dict(video=source) | look(video, saved)
     print_look(seen)
     write_json(f"{target}.json", seen)
+    picture = "".join(draw(seen, video))
     with about(f"{target}.svg"), whole(f"{target}.svg", "w", encoding="utf-8") as file:
-        file.writelines(draw(seen, video))
+        file.write(picture)
     say(f"  written  {target}.svg, {target}.json")
     return seen
 
 
 def predict(args):
-    """Shows each video or .npz, goes on past a bad one. Returns the exit status."""
+    """Shows each video or .npz, goes on past a bad one. Returns the status."""
     names = [Path(source).stem for source in args.predict]
-    if len({*names, "results", "table2", "figure4"}) < len(names) + 3:
-        raise InputError(f"{', '.join(args.predict)}: two of one name, or a results file's; rename one")
+    for name, n in Counter([*names, "results", "table2", "figure4"]).items():
+        if n > 1:
+            raise InputError(f"--predict {name}: two of one name, or a results file's; rename one")
     saved = load_checkpoint(args.checkpoint)
     clips = [source for source in args.predict if source.lower().endswith(SUFFIXES)]
     if clips:
         script = Path(__file__).resolve().with_name("extract_features.py")
         like = ["--like", args.checkpoint, "--device", args.device, "--"]
         subprocess.run([sys.executable, script, *like, *clips, args.out])
-    rows = [["clip", "emotion", *saved["settings"]["classes"], "most attended second", "marks"]]
+    rows = [["clip", "emotion", *saved["settings"]["classes"], "most attended", "marks"]]
     for source, name in zip(args.predict, names):
         path = f"{args.out}/{name}.npz" if source in clips else source
         try:
@@ -872,10 +877,10 @@ def predict(args):
         except (InputError, OSError) as error:
             say(f"FAILED   {source}: {error}")
             continue
-        most = (seen["seconds"] or seen["frames"])[np.argmax(seen["attention"])]
+        most = seen["times"][np.argmax(seen["attention"])]
         rows.append([source, seen["emotion"], *seen["probabilities"].values(), most, " ".join(seen["marks"])])
     write_csv(f"{args.out}/predicted.csv", rows)
-    return int(len(rows) <= len(args.predict))
+    return int(len(rows) - 1 < len(args.predict))
 
 
 # ---- Command line ----
@@ -889,12 +894,12 @@ def parse_args(argv=None):
     add("--split", nargs="+", default=[], help="TRAIN TEST ..., in place of DATA/*list01.txt")
     add("--features", default=",".join(FEATURES), help="arrays of the .npz")
     numbers = NOT_IN_THE_PAPER | dict(
-        beta=(BETA, "of equation (10)"), objects=(OBJECTS, "of a frame, at most"), jobs=(1, "runs at once"),
+        beta=(BETA, "of equation (10)"), objects=(OBJECTS, "a frame, at most"), jobs=(1, "runs at once"),
         seed=(0, "of run 0; run i has seed + i"), runs=(1, "of one split; table2 without --data: 5"))
     for name, (default, what) in numbers.items():
         add(f"--{name}", type=type(default), default=default, help=what)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--out", default="out", help="folder of checkpoints and results")
+    add("--out", default="out", help="folder of results")
     add("--reproduce", choices=["table2"], help="all its rows")
     add("--predict", nargs="+", default=[], help="videos or .npz")
     add("--checkpoint", default="out/run0.pt", help="of --predict")
@@ -914,14 +919,14 @@ def parse_args(argv=None):
 def check_args(args, changed):
     """Refuses what cannot be obeyed. changed: the options not as by default."""
     obeyed = dict(
-        data=args.data, dataset=args.data, split=args.data, checkpoint=args.predict,
-        runs=len(args.split) == 2 or args.dataset == "ekman" and not args.split,
+        data=args.data, dataset=args.data and not args.split, split=args.data, checkpoint=args.predict,
+        runs=args.dataset == "ekman" and len(args.split) in (0, 2),
         objects="objects" in args.features)
     if args.predict:
         obeyed = dict.fromkeys(vars(args), False) | dict(predict=True, checkpoint=True, device=True, out=True)
     for name in sorted(changed):
         if not obeyed.get(name, True):
-            raise InputError(f"--{name}: has no effect here; leave it out")
+            raise InputError(f"--{name}: has no effect here")
     ranges = dict(beta=(0, 1), lr=(1e-30, 1), seed=(0, 2 ** 31), jobs=(1, 1000), hidden=(1, 10 ** 5))
     for name, value in vars(args).items():
         least, most = ranges.get(name, (1, 10 ** 9))
@@ -963,15 +968,15 @@ def main(argv=None):
     print_table(scores, splits, data)
     say(f"written  {path}, predictions.csv")
     if not args.data and not args.reproduce:
-        run = scores["result"][0]
-        reached = "as expected" if run["accuracy"] > 0.9 else "below 0.9, unlike the defaults"
-        say(f"accuracy {run['accuracy']:.3f}: {reached}", data.marks)
-        show(data.ids[-1], f"{args.out}/figure4", data.load(splits[0][1][-1]), load_checkpoint(run["checkpoint"]))
+        one = scores["result"][0]
+        reached = "as expected" if one["accuracy"] > 0.9 else "below 0.9, unlike the defaults"
+        say(f"accuracy {one['accuracy']:.3f}: {reached}", data.marks)
+        show(data.ids[-1], f"{args.out}/figure4", data.load(len(data.ids) - 1), load_checkpoint(one["checkpoint"]))
     return 0
 
 
 def command(main):
-    """Runs a script's main() and ends with its status; what a user can mend is one line, status 2."""
+    """Runs main, ends with its status; what a user can mend is one line, status 2."""
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
@@ -983,7 +988,7 @@ def command(main):
     except (MemoryError, RuntimeError) as error:
         if not re.search("MemoryError|out of memory|allocate|excessive memory", repr(error)):
             raise
-        print("no memory left; try a smaller --batch, fewer --jobs", file=sys.stderr)
+        print("no memory left; try a smaller --batch, less at once", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
     sys.exit(2)
