@@ -277,10 +277,10 @@ def run(number, data, train, test, args):
             optimizer.step()
             total += loss.item() * len(batch)
         if not np.isfinite(total):
-            raise InputError(f"{path}: the loss is {total}; lower --lr")
+            raise InputError(f"{path}: the loss is {total}; lower --lr, scale objects")
         _, accuracy = evaluate(model, data, test, args, standard)
         history.append(dict(loss=total / len(train), accuracy=accuracy))
-        with about(path), whole(path) as file:  # state alone, and JSON: resumed, the same bytes
+        with about(path), whole(path) as file:  # resumed, the same bytes: no param_groups, JSON
             torch.save(dict(settings=settings, model=model.state_dict(), state=optimizer.state_dict()["state"],
                             standard=standard, history=json.dumps(history), data=args.data), file)
         seconds = time.monotonic() - start
@@ -402,10 +402,10 @@ def read_features(path, names, others=()):
     T = video[names[0]].shape[:1]
     for name, v in video.items():
         dimensions = DIMENSIONS.get(name, 2)
-        numbers = v.dtype.kind in "biuf" and float(np.abs(v).max(initial=0)) < 3e38
+        finite = v.dtype.kind in "biuf" and float(np.abs(v).max(initial=0)) < 3e38
         if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or T == (0,) or (name in names and v.ndim < 2):
-            raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), of one T")
-        if not numbers and name != "pictures":
+            raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), inside (T,), of one T")
+        if not finite and name != "pictures":
             raise InputError(f"{path}: {name} ({v.dtype}) is not finite and real")
         if name in names:
             video[name] = torch.from_numpy(v.astype(np.float32))
@@ -582,11 +582,11 @@ def about(path, remedy=""):
 def whole(path, mode="wb", **form):
     """An open file that becomes `path` if the block succeeds; what killed processes left of it goes."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(path.parent, exist_ok=True)
     prefix = f".part-{zlib.crc32(os.fsencode(path.name))}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
         part = Path(folder, path.name)
-        with part.open(mode, **form) as file:  # tells others it is taken
+        with part.open(mode, **form) as file:  # a claim, too
             yield file
         part.replace(path)
     for left in path.parent.glob(f"{prefix}*"):
@@ -595,7 +595,7 @@ def whole(path, mode="wb", **form):
 
 def write_json(path, content):
     with about(path), whole(path, "w") as file:
-        file.write(json.dumps(content, allow_nan=False))
+        file.write(json.dumps(content, allow_nan=False))  # NaN: from features that overflow
 
 
 def write_csv(path, rows):
@@ -696,15 +696,16 @@ def print_table(scores, splits, data):
         if n > 1:
             line += f" ± {accuracy.std(ddof=1):.2f}"
         if above is not None:
-            line += f"  to the row above {(accuracy - above).mean():+.2f}"
-        if above is not None and n > 1:  # corrected after Nadeau and Bengio (2003)
-            line += f" ± {np.sqrt((1 / n + overlap) * (accuracy - above).var(ddof=1)):.2f}"
+            gain = accuracy - above
+            line += f"  to the row above {gain.mean():+.2f}"
+            if n > 1:  # corrected after Nadeau and Bengio (2003)
+                line += f" ± {np.sqrt((1 / n + overlap) * gain.var(ddof=1)):.2f}"
         say(line, data.marks)
         above = accuracy
 
 
 def write_results(path, scores, data, args):
-    """A .json, of one shape for all, and predictions.csv beside it."""
+    """A .json, of one shape for all; predictions.csv beside it."""
     write_json(path, dict(args=vars(args), classes=data.classes, marks=data.marks, rows=scores))
     table = [["row", "run", "video", "true", "predicted", *data.classes]]
     for row, runs in scores.items():
@@ -776,7 +777,7 @@ def print_look(seen):
 
 
 def draw(seen, video):
-    """Figure 4, the lines of an SVG. Parts have units of their own: a frame is `aspect` by 1, a panel T wide."""
+    """Figure 4, an SVG in pieces. In own units a frame is `aspect` by 1, a panel T wide."""
     title = "  ".join([f"{seen['video']}: {seen['emotion']}", *seen["marks"]])
     A_T = {"attention over time, times uniform": seen["attention"]}
     yield '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1600 890" font-family="sans-serif" font-size="21">'
@@ -891,14 +892,14 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data", help=f"folder of features; else a planted set, with {PLANTED}")
     add("--dataset", choices=("ekman", "videoemotion"), default="ekman", help="one given split, or ten drawn")
-    add("--split", nargs="+", default=[], help="TRAIN TEST ..., in place of DATA/*list01.txt")
+    add("--split", nargs="+", default=[], help="TRAIN TEST ..., not DATA/*list01.txt")
     add("--features", default=",".join(FEATURES), help="arrays of the .npz")
     numbers = NOT_IN_THE_PAPER | dict(
         beta=(BETA, "of equation (10)"), objects=(OBJECTS, "a frame, at most"), jobs=(1, "runs at once"),
         seed=(0, "of run 0; run i has seed + i"), runs=(1, "of one split; table2 without --data: 5"))
     for name, (default, what) in numbers.items():
         add(f"--{name}", type=type(default), default=default, help=what)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="not of an .npz")
     add("--out", default="out", help="folder of results")
     add("--reproduce", choices=["table2"], help="all its rows")
     add("--predict", nargs="+", default=[], help="videos or .npz")
@@ -939,7 +940,7 @@ def check_args(args, changed):
     with about(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
     with about(f"--out {args.out}", "choose another"):
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        os.makedirs(args.out, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
     if len(args.split) % 2:
         raise InputError("--split: takes pairs of lists, TRAIN TEST ...")
@@ -976,7 +977,7 @@ def main(argv=None):
 
 
 def command(main):
-    """Runs main, ends with its status; what a user can mend is one line, status 2."""
+    """Runs main, ends with its status; what a user can mend: one line, status 2."""
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
