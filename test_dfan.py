@@ -726,6 +726,8 @@ def test_picture():
     assert np.allclose(heights, np.linspace(0.5, 1.5, 8), atol=2e-3)
     assert {"0", "0.5", "1", "2", "0.0 s", "7.0 s"} <= set(words), "the axes' numbers"
     assert words.count("objects nearly uniform") == 1, "at the last moment"
+    alone = seen | dict(objects=[objects[7][:1]])
+    assert "objects nearly uniform" not in dfan.captions(alone, 0), "one object gets all"
 
 
 # ---- The command line ----
@@ -757,6 +759,12 @@ def test_what_the_network_raises(trained, capsys, monkeypatch, error, said, line
     with pytest.raises(SystemExit if said else type(error)):  # a fault of ours is a traceback
         dfan.command(partial(dfan.main, line.format(trained).split()))
     assert re.fullmatch(f".*{said}.*\n" if said else "", capsys.readouterr().err)
+
+
+def test_a_fault_in_the_drawing_is_a_traceback(trained, monkeypatch):
+    monkeypatch.setattr(dfan, "draw_panel", Mock(side_effect=ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        predict(f"{trained}/f/joy/joy_1.npz --checkpoint {trained}/o/run0.pt")
 
 
 @pytest.mark.parametrize("flag, end, said", [
@@ -909,7 +917,7 @@ def test_wrong_weights_are_refused(monkeypatch):
 
 
 def start():
-    argv = [sys.executable, HERE / "extract_features.py", "v", "f", *TRY.split()]
+    argv = [sys.executable, "-O", HERE / "extract_features.py", "v", "f", *TRY.split()]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
 
 
@@ -1142,7 +1150,8 @@ def test_from_finetuning_to_prediction(monkeypatch):
     Path("f").rename("moved")
     train("--data moved --out o")
     touch("bad.mp4")
-    assert predict("bad.mp4 v/joy/3.mp4 --checkpoint o/run0.pt") == 1
+    line = f"{sys.executable} {HERE}/dfan.py --predict bad.mp4 v/joy/3.mp4 --checkpoint o/run0.pt --device cpu --out ."
+    assert subprocess.run(line.split(), env=os.environ | dict(PYTHONOPTIMIZE="1")).returncode == 1
     assert np.array_equal(np.load("3.npz")["scene"], f["scene"]), "with the tuned networks"
     assert read_json("3.json")["marks"] == ["RANDOM WEIGHTS"]
 
