@@ -397,16 +397,16 @@ def read_features(path, names, others=()):
         if not set(names) <= set(file):
             raise InputError(f"holds {file.files}, not all of {names}")
         video = {name: file[name] for name in (*names, *others) if name in file}
-        settings = dict(json.loads(str(file.get("settings", "{}"))))
+        settings = json.loads(str(file.get("settings", "{}"))) | {}
         check_sums = [file.zip.getinfo(f"{name}.npy").CRC for name in names]
     T = video[names[0]].shape[:1]
     for name, v in video.items():
         dimensions = DIMENSIONS.get(name, 2)
-        finite = v.dtype.kind in "biuf" and float(np.abs(v).max(initial=0)) < 3e38
-        if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or T == (0,) or (name in names and v.ndim < 2):
+        finite = v.dtype.kind in "biuf" and float(np.abs(v).max(initial=0)) < 1e30
+        if v.ndim != dimensions or v.shape[:1] != T[:dimensions] or not v.size or (name in names and v.ndim < 2):
             raise InputError(f"{path}: {name} {v.shape} is not (T,D), objects (T,K,D), inside (T,), of one T")
         if not finite and name != "pictures":
-            raise InputError(f"{path}: {name} ({v.dtype}) is not finite and real")
+            raise InputError(f"{path}: {name} ({v.dtype}) is not real, below 1e30")
         if name in names:
             video[name] = torch.from_numpy(v.astype(np.float32))
     return video | dict(settings=settings, check_sums=check_sums)
@@ -428,7 +428,7 @@ class Features:
         rows = []
         for path in self.paths:
             video = read_features(path, names)
-            made = video["settings"] | {name: video[name].shape[1:] for name in names}
+            made = video["settings"] | dict(options=0) | {name: video[name].shape[1:] for name in names}
             rows.append((len(video[names[0]]), video["check_sums"], made))
             first = rows[0][-1]
             differs = [k for k in made | first if made.get(k) != first.get(k)]
@@ -860,7 +860,7 @@ def predict(args):
     names = [Path(source).stem for source in args.predict]
     for name, n in Counter([*names, "results", "table2", "figure4"]).items():
         if n > 1:
-            raise InputError(f"--predict {name}: two of one name, or a results file's; rename one")
+            raise InputError(f"--predict {name}: two of one name, or a results file's")
     saved = load_checkpoint(args.checkpoint)
     clips = [source for source in args.predict if source.lower().endswith(SUFFIXES)]
     if clips:

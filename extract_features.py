@@ -3,12 +3,11 @@
     python extract_features.py videos/ feats/        # videos/<class>/<stem>.mp4 -> feats/<class>/<stem>.npz
     python extract_features.py a.mp4 b.mp4 feats/    # single videos -> feats/a.npz, feats/b.npz
 
-Several at once, also by torchrun or on machines that share feats/, share it out. Of T sampled frames:
+Several at once share it out. Of T sampled frames:
 
     action   (T,2048) float16   F_A: Kinetics-400 TSN ResNet-50, RGB and flow, the mean of both [R13]
     scene    (T,365)  float16   F_S: outputs of the Places365 ResNet-18
-    objects  (T,K,84) float16   F_O: of the K most probable boxes 80 COCO probabilities and x1/W, y1/H, x2/W, y2/H;
-                                zeros where there are fewer boxes [R15]
+    objects  (T,K,84) float16   F_O: a box's 80 COCO probabilities, x1/W, y1/H, x2/W, y2/H; zeros: no box [R15]
     frames, seconds, pictures   (T,) number of the frame among the decoded ones, from 0; time stamp; a small JPEG
     fps, aspect, warning        as the file says; width / height; why the video may be cut off, or ""
     settings, video_bytes       JSON of what made it; size of the video file
@@ -233,8 +232,7 @@ URLS = {    # tried in turn, never from here; a name ends with the start of the 
     "action_flow": [f"{host}recognition/tsn/{TSN_FLOW}/{TSN_FLOW}_20200705-1f39486b.pth" for host in MMACTION],
     "scene": ["http://places2.csail.mit.edu/models_places365/resnet18_places365.pth.tar"],
     **{name: [published.url] for name, published in DETECTORS.items()}}
-PLACES_SHA256 = "2f4759217d470da2"    # its start
-# the keys of Places365 and of mmaction2's TSN -> torchvision's
+PLACES_SHA256 = "2f4759217d470da2"
 RENAMED = [(r"^(module|backbone)\.", ""), (r"^cls_head\.fc_cls", "fc"), (r"downsample\.conv", "downsample.0"),
            (r"downsample\.bn", "downsample.1"), (r"conv(\d)\.(conv|bn)\.", r"\2\1.")]
 
@@ -304,7 +302,7 @@ def build_detector(name):
 
 
 def load_weights(name, model, path):
-    """A published file or one of --finetune: no key more or less."""
+    """A published file, keys RENAMED to torchvision's, or --finetune's: no key more or less."""
     with about(path, "not the weights of this network; get the published file"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state = saved.get("state") or saved.get("state_dict") or saved
@@ -355,7 +353,7 @@ def look_around(folder, feats, videos):
             copy = feats / path.name
             if copy.exists() and copy.read_bytes() != path.read_bytes():
                 print(f"list     {copy} differed from {path}: copied again")
-            with suppress(FileNotFoundError), whole(copy) as file:    # another process copies too
+            with suppress(FileNotFoundError), whole(copy) as file:
                 file.write(path.read_bytes())
 
 
@@ -363,7 +361,7 @@ def is_finished(target, video, settings, args):
     """Whether its whole .npz is there. Raises InputError for other settings, or VideoError."""
     try:
         with np.load(target) as f:
-            old, size = json.loads(str(f["settings"])), int(f["video_bytes"])
+            old, size = dict(json.loads(str(f.get("settings", "{}")))), int(f.get("video_bytes", 0))
             if f.zip.testzip() or args.overwrite and target.stat().st_mtime < args.started:
                 return False
     except Exception:    # not there, or damaged: made again
@@ -373,7 +371,7 @@ def is_finished(target, video, settings, args):
     differs = [f"{k} {old.get(k)} (now {settings.get(k)})"[:200] for k in changed]
     if differs:
         raise InputError(f"{target}: made otherwise: {'; '.join(differs)}; {remedy}")
-    if video.is_file() and size != video.stat().st_size:
+    if os.path.isfile(video) and size != video.stat().st_size:
         raise VideoError(f"{target} was made from another video, or it has changed; {remedy}")
     return True
 
@@ -381,7 +379,7 @@ def is_finished(target, video, settings, args):
 def extract(path, models, settings, args):
     """The arrays of one video's .npz. Raises whatever goes wrong, but no OSError."""
     parts, warnings = [], []
-    video_bytes = path.stat().st_size if path.is_file() else 0
+    video_bytes = path.stat().st_size if os.path.isfile(path) else 0
     samples = read_video(path, args.every, not args.no_flow, warnings)
     with ThreadPoolExecutor(1) as reader:
         batch = list(itertools.islice(samples, args.batch))
@@ -446,7 +444,7 @@ def tune(name, backbone, images, labels, device, seed):
             loss = nn.functional.cross_entropy(scores, y)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 20.)    # as TSN does
+            nn.utils.clip_grad_norm_(model.parameters(), 20.)
             optimizer.step()
         print(f"tuning   {name}  epoch {epoch}/{TUNING['epochs']}  loss {loss.item():.4f}", flush=True)
     return {key: v.cpu() for key, v in backbone.eval().state_dict().items()}
@@ -460,12 +458,12 @@ def finetune(args, videos, names, weights, files):
         raise InputError(f"{args.finetune}: not in {args.folder}: {missing[:3]}; there is {ids[0]}")
     train = sorted(ids[i] for i in found)
     _, labels = np.unique([identity.split("/")[0] for identity in train], return_inverse=True)
-    images = [feats / ".tuning" / f"{identity}.npz" for identity in train]
+    images = [feats / ".tuning" / f"{args.every}{args.no_flow}" / f"{identity}.npz" for identity in train]
     for name in names:
         path = feats / f"tuned_{name}.pt"
         meta = dict(tuned_on=train, start=files[name], every=args.every, seed=args.seed, tuning=TUNING)
         if path.exists():
-            if load_tuned(path)["meta"] != meta:
+            if load_tuned(path, files[name]) != meta:
                 raise InputError(f"{path}: tuned on another list or otherwise; another folder")
             continue
         for identity, kept in zip(train, images):
@@ -483,9 +481,12 @@ def finetune(args, videos, names, weights, files):
     shutil.rmtree(feats / ".tuning", ignore_errors=True)
 
 
-def load_tuned(path):
+def load_tuned(path, start):
     with about(path, "--tuned takes a folder that --finetune wrote"):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        meta = torch.load(path, map_location="cpu", weights_only=True)["meta"]
+        if meta["start"] != start:
+            raise InputError(f"tuned from {meta['start']}, not {start}")
+        return meta
 
 
 # ---- Command line ----
@@ -553,7 +554,7 @@ def choose_networks(args, videos):
     if args.tuned:
         for name in names[:-1]:
             weights[name] = Path(args.tuned, f"tuned_{name}.pt")
-            tuned_on = load_tuned(weights[name])["meta"]["tuned_on"]
+            tuned_on = load_tuned(weights[name], files[name])["tuned_on"]
             files[name] = f"{describe(weights[name])}, from {files[name]}"
     options = {name: getattr(args, name) for name in OPTIONS}
     return weights, dict(version=3, every=args.every, K=K, networks=files, tuned_on=tuned_on, options=options,
@@ -571,7 +572,7 @@ def work(args, videos, todo, settings, models):
     while waiting:
         identity = waiting.popleft()
         video, target = videos[identity], Path(args.feats, f"{identity}.npz")
-        claimed = any((part / target.name).exists() for part in target.parent.glob(".part-*"))
+        claimed = any(os.path.exists(part / target.name) for part in target.parent.glob(".part-*"))
         if claimed and identity not in passed_over:
             passed_over.add(identity)
             waiting.append(identity)
