@@ -586,7 +586,7 @@ def whole(path, mode="wb", **form):
     prefix = f".part-{zlib.crc32(os.fsencode(path.name))}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
         part = Path(folder, path.name)
-        with part.open(mode, **form) as file:  # a claim, too
+        with part.open(mode, **form) as file:  # a claim
             yield file
         part.replace(path)
     for left in path.parent.glob(f"{prefix}*"):
@@ -856,7 +856,7 @@ def show(source, target, video, saved):
 
 
 def predict(args):
-    """Shows each video or .npz, goes on past a bad one. Returns the status."""
+    """Shows each video or .npz, past bad ones. Returns the status."""
     names = [Path(source).stem for source in args.predict]
     for name, n in Counter([*names, "results", "table2", "figure4"]).items():
         if n > 1:
@@ -880,7 +880,8 @@ def predict(args):
             continue
         most = seen["times"][np.argmax(seen["attention"])]
         rows.append([source, seen["emotion"], *seen["probabilities"].values(), most, " ".join(seen["marks"])])
-    write_csv(f"{args.out}/predicted.csv", rows)
+    if len(rows) > 1:
+        write_csv(f"{args.out}/predicted.csv", rows)
     return int(len(rows) - 1 < len(args.predict))
 
 
@@ -936,7 +937,7 @@ def check_args(args, changed):
     if not args.data and not set(args.features) <= set(FEATURES):
         raise InputError(f"--features {','.join(args.features)}: not of the planted set")
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
-        raise InputError(f"--out {args.out}: lies in --data; choose another")
+        raise InputError(f"--out {args.out}: lies in --data")
     with about(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
     with about(f"--out {args.out}", "choose another"):
