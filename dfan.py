@@ -397,7 +397,7 @@ def read_features(path, names, others=()):
         if not set(names) <= set(file):
             raise InputError(f"holds {file.files}, not all of {names}")
         video = {name: file[name] for name in (*names, *others) if name in file}
-        settings = json.loads(str(file.get("settings", "{}"))) | {}
+        settings = {} | json.loads(str(file.get("settings", "{}")))
         check_sums = [file.zip.getinfo(f"{name}.npy").CRC for name in names]
     T = video[names[0]].shape[:1]
     for name, v in video.items():
@@ -846,8 +846,8 @@ def draw_panel(y, height, curves, high, seen, video):
 def show(source, target, video, saved):
     """Prints and writes (.json, .svg) what `look` says, and returns it."""
     seen = dict(video=source) | look(video, saved)
-    print_look(seen)
     write_json(f"{target}.json", seen)
+    print_look(seen)
     picture = "".join(draw(seen, video))
     with about(f"{target}.svg"), whole(f"{target}.svg", "w", encoding="utf-8") as file:
         file.write(picture)
@@ -893,7 +893,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data", help=f"folder of features; else a planted set, with {PLANTED}")
     add("--dataset", choices=("ekman", "videoemotion"), default="ekman", help="one given split, or ten drawn")
-    add("--split", nargs="+", default=[], help="TRAIN TEST ..., not DATA/*list01.txt")
+    add("--split", nargs="+", default=[], help="TRAIN TEST ...; else DATA/*list01.txt")
     add("--features", default=",".join(FEATURES), help="arrays of the .npz")
     numbers = NOT_IN_THE_PAPER | dict(
         beta=(BETA, "of equation (10)"), objects=(OBJECTS, "a frame, at most"), jobs=(1, "runs at once"),
@@ -992,7 +992,7 @@ def command(main):
             raise
         print("no memory left; try a smaller --batch, less at once", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
     sys.exit(2)
 
 
